@@ -1,0 +1,115 @@
+"""The truth in plain torch: quantize, pack, unpack, dequantize.  Kernels must produce the same bytes.
+
+Asymmetric, b bits, over a group x:   zero = fp16(min x), scale = fp16((max x - min x) / (2^b - 1)),
+                                      code = clamp(floor((x - zero) / scale + 1/2), 0, 2^b - 1),   x' = code * scale + zero
+Symmetric:                            scale = fp16(max |x| / (2^(b-1) - 1)), code = clamp(floor(x / scale + 1/2) + 2^(b-1), ...)
+                                      x' = (code - 2^(b-1)) * scale
+All arithmetic is fp32; codes are taken against the rounded fp16 scale and zero, so rounding those costs no accuracy
+twice.  A scale that rounds to zero means a constant group: code 0 (symmetric: 2^(b-1)), x' = zero (symmetric: 0).
+"""
+
+import torch
+
+from kvtuner_sglang.quant import TensorFormat
+from kvtuner_triton.layout import PackedTensor
+
+FP16_MAX = 65504.0
+
+
+def quantize(x: torch.Tensor, bits: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and metadata of groups that lie along the last dimension.
+
+    x: (..., n) any float dtype -> codes (..., n) uint8, one a byte; meta (..., m) fp16, m = 1 scale or 2 scale, zero.
+    """
+    x = x.float()
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scale = _fp16(x.abs().amax(-1, keepdim=True) / (half - 1))
+        steps = torch.floor(x / _no_zero(scale) + 0.5) + half
+        codes = torch.where(scale > 0, steps.clamp(0, 2 * half - 1), torch.full_like(steps, half))
+        return codes.to(torch.uint8), scale.half()
+    top = 2**bits - 1
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    zero, scale = _fp16(low), _fp16((high - low) / top)
+    codes = torch.floor((x - zero) / _no_zero(scale) + 0.5).clamp(0, top)
+    codes = torch.where(scale > 0, codes, torch.zeros_like(codes))
+    return codes.to(torch.uint8), torch.cat([scale, zero], -1).half()
+
+
+def dequantize(codes: torch.Tensor, meta: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse map: codes (..., n) uint8, meta (..., m) fp16 -> (..., n) fp32."""
+    scale = meta[..., :1].float()
+    if meta.shape[-1] == 1:
+        return (codes.float() - 2 ** (bits - 1)) * scale
+    return codes.float() * scale + meta[..., 1:].float()
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., n) codes, one a byte -> (..., n * bits / 8) bytes, little end first."""
+    per_byte = 8 // bits
+    parts = codes.unflatten(-1, (-1, per_byte)).to(torch.int32)
+    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.int32)
+    return (parts << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of pack."""
+    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def encode(fmt: TensorFormat, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes and metadata of x: (..., tokens, head_dim) in the layout of layout.py.
+
+    Per channel the tokens of x must be one whole page: its minimum and maximum are the group's.
+    """
+    if fmt.per_channel:
+        codes, meta = quantize(x.transpose(-1, -2), fmt.bits, symmetric=fmt.symmetric)
+        return pack(codes.transpose(-1, -2), fmt.bits), meta.transpose(-1, -2)
+    groups = fmt.groups(x.shape[-1])
+    codes, meta = quantize(x.unflatten(-1, (groups, -1)), fmt.bits, symmetric=fmt.symmetric)
+    return pack(codes.flatten(-2), fmt.bits), meta
+
+
+def decode(fmt: TensorFormat, packed: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+    """The inverse of encode: (..., tokens, head_dim) fp32."""
+    codes = unpack(packed, fmt.bits)
+    if fmt.per_channel:
+        return dequantize(codes.transpose(-1, -2), meta.transpose(-1, -2), fmt.bits).transpose(-1, -2)
+    groups = meta.shape[-2]
+    return dequantize(codes.unflatten(-1, (groups, -1)), meta, fmt.bits).flatten(-2)
+
+
+def write_tokens(store: PackedTensor, page: torch.Tensor, offset: torch.Tensor, x: torch.Tensor) -> None:
+    """Store single tokens (per-token or 16-bit formats). page, offset: (n,) int64; x: (n, kv_heads, head_dim)."""
+    if store.meta is None:
+        store.codes[page, :, offset] = x.to(store.codes.dtype)
+        return
+    codes, meta = encode(store.fmt, x)
+    store.codes[page, :, offset] = codes
+    store.meta[page, :, offset] = meta
+
+
+def write_pages(store: PackedTensor, page: torch.Tensor, x: torch.Tensor) -> None:
+    """Store whole pages (any format). page: (n,) int64; x: (n, kv_heads, page_size, head_dim)."""
+    if store.meta is None:
+        store.codes[page] = x.to(store.codes.dtype)
+        return
+    codes, meta = encode(store.fmt, x)
+    store.codes[page] = codes
+    store.meta[page] = meta
+
+
+def read_pages(store: PackedTensor, page: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pages as attention sees them: page (n,) int64 -> (kv_heads, n * page_size, head_dim) in `dtype`."""
+    codes = store.codes[page]
+    x = codes.to(dtype) if store.meta is None else decode(store.fmt, codes, store.meta[page]).to(dtype)
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _fp16(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def _no_zero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

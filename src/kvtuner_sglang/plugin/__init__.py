@@ -1,0 +1,1 @@
+"""The SGLang side: flags, sizing, pool, attention backend, start-up check.  Usable alone, without run.py."""

@@ -1,0 +1,112 @@
+"""What SGLang arguments may stand beside quantization: an allow-list, applied before SGLang resolves its defaults."""
+
+import contextvars
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from kvtuner_sglang.errors import ConfigError, UserError
+from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "kvtuner"
+SUPPORTED_SGLANG = ("0.5.17",)
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+# Arguments that a test serves quantized with, or that never come near keys and values.
+ALLOWED_ARGUMENTS = frozenset("""
+    model_path tokenizer_path tokenizer_mode load_format trust_remote_code served_model_name revision
+    host port api_key log_level log_level_http log_requests log_requests_level show_time_cost enable_metrics
+    tp_size pp_size nnodes node_rank dist_init_addr dist_timeout base_gpu_id gpu_id_step
+    device dtype context_length mem_fraction_static max_running_requests max_total_tokens
+    chunked_prefill_size max_prefill_tokens schedule_policy schedule_conservativeness
+    random_seed stream_interval watchdog_timeout soft_watchdog_timeout decode_log_interval skip_server_warmup
+    warmups disable_custom_all_reduce disable_overlap_schedule disable_radix_cache
+    grammar_backend sampling_backend attention_backend disable_cuda_graph page_size
+""".split())
+
+_from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)
+_broken_targets: list[str] = []
+
+
+def note_broken_target(target: str) -> None:
+    """A function that the plugin must hook does not exist in this SGLang: enabling quantization will refuse."""
+    _broken_targets.append(target)
+
+
+def around_from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
+    """Carry our flags over the conversion to ServerArgs, which drops what is not SGLang's own."""
+    try:
+        token = _from_cli.set(options_from_namespace(args))
+        try:
+            return original(cls, args)
+        finally:
+            _from_cli.reset(token)
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")
+
+
+def around_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Check and complete the arguments of ServerArgs before its own defaults are resolved."""
+    options = _from_cli.get() or pop_options(kwargs)
+    object.__setattr__(self, "_kvtuner", options)
+    if options.enabled:
+        kwargs = _quantized_arguments(type(self), kwargs)
+    original(self, *args, **kwargs)
+    if options.enabled:
+        _check_model(self, options)
+
+
+def _quantized_arguments(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    _check_sglang()
+    for field in dataclasses.fields(cls):
+        given = kwargs.get(field.name, field.default)
+        if field.name not in ALLOWED_ARGUMENTS and given != _default(field):
+            raise ConfigError(f"--{field.name.replace('_', '-')} is not covered by a test with quantized keys and "
+                              "values: leave it out, or give --enable-kvtuner-quant=False.")
+    if kwargs.get("attention_backend") not in (None, BACKEND):
+        raise ConfigError(f"--attention-backend {kwargs['attention_backend']} cannot read packed pages: leave it out, "
+                          "so that kvtuner's own backend is used.")
+    if kwargs.get("page_size") not in (None, 1):
+        raise ConfigError(f"--page-size {kwargs['page_size']} is not covered by a test with per-token formats: "
+                          "leave it out.")
+    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": 1}
+    if kwargs.get("device") != "cpu" and not kwargs.get("disable_cuda_graph"):
+        logger.warning("kvtuner: the reference backend cannot be captured, so CUDA graphs are off.")
+        changes["disable_cuda_graph"] = True
+    return {**kwargs, **changes}
+
+
+def _default(field: Any) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _check_sglang() -> None:
+    import sglang
+
+    if sglang.__version__ not in SUPPORTED_SGLANG:
+        raise ConfigError(f"SGLang {sglang.__version__} is not covered by a test: install sglang=={SUPPORTED_SGLANG[-1]}.")
+    if _broken_targets:
+        raise ConfigError(f"this SGLang has no {_broken_targets[0]}, which kvtuner must hook: reinstall "
+                          f"sglang=={SUPPORTED_SGLANG[-1]}.")
+
+
+def _check_model(server_args: Any, options: KvtunerOptions) -> None:
+    config = server_args.get_model_config()
+    architectures = config.hf_config.architectures or ["none"]
+    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise ConfigError(f"architecture {architectures[0]} is not covered by a test with quantized keys and values: "
+                          f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}, or --enable-kvtuner-quant=False.")
+    fmt = options.kv_format()
+    for tensor in (fmt.key, fmt.value):
+        tensor.code_bytes(config.head_dim, 2)
+        if tensor.quantized and not tensor.per_channel:
+            tensor.groups(config.head_dim)
+    heads = config.num_attention_heads
+    if server_args.device != "cpu" and heads % server_args.tp_size:
+        raise ConfigError(f"--tp-size {server_args.tp_size} does not divide the model's {heads} query heads: "
+                          "choose a divisor.")

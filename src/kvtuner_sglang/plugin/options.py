@@ -1,0 +1,131 @@
+"""The plugin's command-line flags and the options they become.
+
+Names are those of the earlier KVTuner adapter for SGLang.  The same names, with underscores, are keywords of
+`sglang.Engine(...)`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quant import KVFormat, TensorFormat, uniform_plan
+
+KEYWORD_PREFIXES = ("enable_kvtuner_", "kvtuner_")
+
+
+@dataclass(frozen=True)
+class KvtunerOptions:
+    """What the user asked of the plugin; the default is to leave SGLang as it is."""
+
+    enable_kvtuner_quant: bool = False
+    kvtuner_nbits_key: int = 4
+    kvtuner_nbits_value: int = 4
+    kvtuner_axis_key: int = 0
+    kvtuner_axis_value: int = 0
+    kvtuner_q_group_size: int | None = None
+    kvtuner_asym: bool = True
+    kvtuner_kv_gib: float | None = None
+    kvtuner_heartbeat_dir: str | None = None
+    kvtuner_logits_dir: str | None = None
+    kvtuner_kv_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kvtuner_kv_gib is not None and not self.kvtuner_kv_gib > 0:
+            raise ConfigError(f"--kvtuner-kv-gib {self.kvtuner_kv_gib} holds nothing: give GiB per rank above 0.")
+        if not 0 <= self.kvtuner_kv_noise < 1:
+            raise ConfigError(f"--kvtuner-kv-noise {self.kvtuner_kv_noise} is a relative noise: give 0 to below 1.")
+        if self.enabled and not self.kv_format().quantized:
+            raise ConfigError("16-bit keys and values are not quantized: give --enable-kvtuner-quant=False instead.")
+
+    @property
+    def enabled(self) -> bool:
+        return self.enable_kvtuner_quant
+
+    def kv_format(self) -> KVFormat:
+        """The format of every layer; raises ConfigError if it does not exist."""
+        if not self.enabled:
+            return KVFormat(TensorFormat(16), TensorFormat(16))
+        common: dict[str, Any] = {"group_size": self.kvtuner_q_group_size, "symmetric": not self.kvtuner_asym}
+        return KVFormat(
+            TensorFormat(self.kvtuner_nbits_key, axis=self.kvtuner_axis_key, **common),
+            TensorFormat(self.kvtuner_nbits_value, axis=self.kvtuner_axis_value, **common),
+        )
+
+    def plan(self, layers: int) -> tuple[KVFormat, ...]:
+        """The format of each of the model's layers."""
+        return uniform_plan(self.kv_format(), layers)
+
+    @property
+    def measurement_only(self) -> dict[str, Any]:
+        """Flags that change what is computed or written for a measurement; shown in /server_info."""
+        return {"kv_noise": self.kvtuner_kv_noise, "logits_dir": self.kvtuner_logits_dir}
+
+
+def pop_options(keywords: dict[str, Any]) -> KvtunerOptions:
+    """Take the plugin's keywords out of a ServerArgs call; raises ConfigError on one that does not exist."""
+    known = {f.name for f in fields(KvtunerOptions)}
+    given = {name: keywords.pop(name) for name in list(keywords) if name.startswith(KEYWORD_PREFIXES)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is not a kvtuner option: choose from {', '.join(sorted(known))}.")
+    return KvtunerOptions(**given)
+
+
+def options_of(server_args: Any) -> KvtunerOptions:
+    """The options a ServerArgs carries through pickling into every rank; raises ConfigError if it carries none."""
+    options = getattr(server_args, "_kvtuner", None)
+    if options is None:
+        raise ConfigError("these server arguments never passed the kvtuner hooks: reinstall kvtuner-sglang, so that "
+                          "its entry point is found before SGLang parses its arguments.")
+    return options
+
+
+def add_cli_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the plugin's flags to SGLang's own parser."""
+    group = parser.add_argument_group("kvtuner", "Low-bit keys and values (plugin kvtuner-sglang).")
+    group.add_argument("--enable-kvtuner-quant", type=_boolean, nargs="?", const=True, default=False,
+                       metavar="True|False", help="Keep the KV cache in low bits. Default: False.")
+    bits = {"type": int, "choices": [16, 8, 4, 2], "default": 4}
+    group.add_argument("--kvtuner-nbits-key", **bits, help="Bits of keys; 16 keeps the model's precision. Default: 4.")
+    group.add_argument("--kvtuner-nbits-value", **bits, help="Bits of values, like keys. Default: 4.")
+    group.add_argument("--kvtuner-axis-key", type=int, choices=[0], default=0,
+                       help="0: one scale per token and group of channels.")
+    group.add_argument("--kvtuner-axis-value", type=int, choices=[0], default=0, help="Values: per token only.")
+    group.add_argument("--kvtuner-q-group-size", type=int, default=None,
+                       help="Channels that share a scale on axis 0; must divide head_dim. Default: the whole head.")
+    group.add_argument("--kvtuner-asym", type=_boolean, nargs="?", const=True, default=True, metavar="True|False",
+                       help="Asymmetric (scale and zero) or symmetric (scale). Default: True.")
+    group.add_argument("--kvtuner-kv-gib", type=float, default=None,
+                       help="Bytes for keys and values per rank in GiB, honoured for full precision too. "
+                            "Default: what --mem-fraction-static gives; on CPU 1 GiB.")
+    group.add_argument("--kvtuner-heartbeat-dir", default=None,
+                       help="Folder where every rank of this node writes a sign of life once a second.")
+    group.add_argument("--kvtuner-logits-dir", default=None,
+                       help="Measurement only: write whole-vocabulary logits of every forward pass here.")
+    group.add_argument("--kvtuner-kv-noise", type=float, default=0.0,
+                       help="Measurement only: relative noise on keys and values, to measure the noise floor.")
+
+
+def options_from_namespace(args: argparse.Namespace) -> KvtunerOptions:
+    return KvtunerOptions(**{f.name: getattr(args, f.name) for f in fields(KvtunerOptions) if hasattr(args, f.name)})
+
+
+def flags_of(options: KvtunerOptions) -> Sequence[str]:
+    """The command line that gives these options; what equals a default is left out, the switch never is."""
+    flags = ["--enable-kvtuner-quant" if options.enabled else "--enable-kvtuner-quant=False"]
+    for f in fields(KvtunerOptions)[1:]:
+        value = getattr(options, f.name)
+        shown_bits = options.enabled and f.name in ("kvtuner_nbits_key", "kvtuner_nbits_value")
+        if value != f.default or shown_bits:
+            flags += [f"--{f.name.replace('_', '-')}", str(value)]
+    return flags
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
