@@ -1,0 +1,1 @@
+"""Starts, checks, watches, asks and ends real SGLang servers."""

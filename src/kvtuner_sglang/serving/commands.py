@@ -1,0 +1,153 @@
+"""The command line of every node: written down before it runs, ready to paste."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvtuner_sglang.config import QuantConfig, RunConfig
+from kvtuner_sglang.cpu_engine.environment import cpu_server_arguments, cpu_server_environment
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.plugin.options import KvtunerOptions, flags_of
+from kvtuner_sglang.serving.checkpoint import Checkpoint
+from kvtuner_sglang.serving.device import Device, serving_device
+from kvtuner_sglang.serving.ports import Ports
+
+DIST_TIMEOUT_S = 300
+PLAIN_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",  # the launcher reads the log while the node runs
+    # /health then says only that the process answers: asking it never adds a request to a measurement.
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",  # else a node waits 60 s at its end
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Flags for measurements only, shown in /server_info: relative noise on K and V, folder for whole logits."""
+
+    kv_noise: float = 0.0
+    logits_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """One node: `argv` as run and the `environment` added to the user's own."""
+
+    node_rank: int
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    host: str
+    http_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.http_port}"
+
+    def script(self) -> str:
+        """A shell script that starts this node alone."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        words += [shlex.join(self.argv[:3])]
+        words += [shlex.join(pair) for pair in _pairs(self.argv[3:])]
+        return "#!/bin/sh\nexec env \\\n  " + " \\\n  ".join(words) + "\n"
+
+
+def kvtuner_options(quant: QuantConfig, kv_gib: float, heartbeat_dir: Path,
+                    measurement: Measurement) -> KvtunerOptions:
+    """What the plugin of every node is asked for; the byte budget and the sign of life without quantization, too."""
+    shared = KvtunerOptions(
+        kvtuner_kv_gib=kv_gib, kvtuner_heartbeat_dir=str(heartbeat_dir), kvtuner_kv_noise=measurement.kv_noise,
+        kvtuner_logits_dir=None if measurement.logits_dir is None else str(measurement.logits_dir),
+    )
+    if not quant.enabled:
+        return shared
+    return replace(
+        shared, enable_kvtuner_quant=True, kvtuner_nbits_key=quant.nbits_key, kvtuner_nbits_value=quant.nbits_value,
+        kvtuner_axis_key=quant.axis_key, kvtuner_axis_value=quant.axis_value,
+        kvtuner_q_group_size=quant.group_size, kvtuner_asym=quant.asym,
+    )
+
+
+def node_commands(config: RunConfig, checkpoint: Checkpoint, ports: Ports, heartbeat_dir: Path,
+                  measurement: Measurement | None = None) -> tuple[NodeCommand, ...]:
+    """One command per node, node 0 first; every node gets the same plugin flags."""
+    device = serving_device(config.server)
+    quant = kvtuner_options(config.quant, config.server.kv_gib, heartbeat_dir, measurement or Measurement())
+    commands = []
+    for node_rank, (host, port) in enumerate(zip(config.dist.hosts, ports.http, strict=True)):
+        argv = (
+            sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint.path),
+            *_parallel_flags(config, ports, node_rank, device),
+            *flags_of(quant),
+            "--host", host, "--port", str(port),
+            *_server_flags(config, device),
+        )
+        commands.append(NodeCommand(node_rank, argv, _environment(config, node_rank, device), host, port))
+    return tuple(commands)
+
+
+def _parallel_flags(config: RunConfig, ports: Ports, node_rank: int, device: Device) -> list[str]:
+    dist = config.dist
+    flags = ["--tp-size", str(dist.tp), "--pp-size", str(dist.pp)]
+    if dist.nnodes > 1:
+        flags += ["--nnodes", str(dist.nnodes), "--node-rank", str(node_rank)]
+        if device == "cuda":  # the local launcher's nodes share this host's GPUs
+            flags += ["--base-gpu-id", str(node_rank * dist.ranks // dist.nnodes)]
+    if ports.dist is not None:
+        flags += ["--dist-init-addr", f"{dist.hosts[0]}:{ports.dist}"]
+    if dist.ranks > 1:
+        flags += ["--dist-timeout", str(DIST_TIMEOUT_S), "--disable-custom-all-reduce"]
+    return flags
+
+
+def _server_flags(config: RunConfig, device: Device) -> list[str]:
+    server = config.server
+    flags = [
+        "--device", device,
+        "--dtype", config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda,
+        "--context-length", str(server.context_length),
+        "--max-running-requests", str(server.max_running_requests),
+        "--chunked-prefill-size", str(server.chunked_prefill_tokens),
+        "--random-seed", str(config.seed),
+        "--log-level-http", "warning",
+    ]
+    if device == "cpu":
+        flags += cpu_server_arguments()
+        if not config.quant.enabled:  # with quantization the plugin brings its own
+            flags += ["--attention-backend", "torch_native"]
+    return flags
+
+
+def _environment(config: RunConfig, node_rank: int, device: Device) -> dict[str, str]:
+    dist = config.dist
+    if device == "cuda":
+        return {**PLAIN_ENVIRONMENT, "GLOO_SOCKET_IFNAME": dist.interface, "NCCL_SOCKET_IFNAME": dist.interface}
+    cpu = cpu_server_environment(dist.tp, dist.ranks, node_rank, interface=dist.interface)
+    return {**PLAIN_ENVIRONMENT, **cpu}
+
+
+def write_commands(commands: Sequence[NodeCommand], folder: Path) -> list[Path]:
+    """Write node<i>.sh for every node; raises UserError if `folder` cannot be written."""
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            path = folder / f"node{command.node_rank}.sh"
+            path.write_text(command.script())
+            path.chmod(0o755)
+            paths.append(path)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another runs_dir.") from error
+    return paths
+
+
+def _pairs(arguments: Sequence[str]) -> list[list[str]]:
+    """Each flag with its value, so that a script shows one of them a line."""
+    pairs: list[list[str]] = []
+    for word in arguments:
+        if word.startswith("--") or not pairs:
+            pairs.append([word])
+        else:
+            pairs[-1].append(word)
+    return pairs

@@ -1,0 +1,41 @@
+"""What a node's log says, in one line: what it is doing, or why it stopped."""
+
+import re
+from pathlib import Path
+
+TAIL_BYTES = 256 * 1024
+REFUSAL = re.compile(r"^kvtuner: (.+)$", re.MULTILINE)
+# A traceback's last line, bare or behind a logger's stamp, or argparse's complaint.
+ERROR = re.compile(r"(?:^|\] )(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+$|error: .+$", re.MULTILINE)
+STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: [^\]]*)?\] ")
+LINE_LIMIT = 200
+
+
+def tail(log: Path) -> str:
+    """The last part of the log; empty if there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - TAIL_BYTES, 0))
+        return file.read().decode(errors="replace")
+
+
+def refusal(log: Path) -> str | None:
+    """The sentence with which our plugin refused to start, or None."""
+    found = REFUSAL.search(tail(log))
+    return found.group(1).strip() if found else None
+
+
+def last_error(log: Path) -> str | None:
+    """The last line that names an error, or None."""
+    found = ERROR.findall(tail(log))
+    return found[-1].removeprefix("] ").strip()[:LINE_LIMIT] if found else None
+
+
+def last_line(log: Path) -> str | None:
+    """The last line that SGLang's logger stamped, without the stamp: what the node says it is doing."""
+    for line in reversed(tail(log).splitlines()):
+        if STAMP.match(line):
+            return STAMP.sub("", line).strip()[:LINE_LIMIT]
+    return None

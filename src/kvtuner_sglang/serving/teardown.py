@@ -1,0 +1,125 @@
+"""Ends every process of a cluster, whatever it does: within seconds, and verified."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import psutil
+
+from kvtuner_sglang.errors import RunFailed
+from kvtuner_sglang.serving.launcher import RUN_MARK, NodeProcess
+
+GRACE_S = 3.0
+LIMIT_S = 10.0
+POLL_S = 0.05
+
+
+def stop_nodes(nodes: Sequence[NodeProcess], grace_s: float = GRACE_S, limit_s: float = LIMIT_S) -> None:
+    """SIGTERM, `grace_s` seconds, SIGKILL; raises RunFailed if a process outlives `limit_s` seconds in all."""
+    with _signals_held():
+        _stop(nodes, grace_s, time.monotonic() + limit_s)
+
+
+def _stop(nodes: Sequence[NodeProcess], grace_s: float, deadline: float) -> None:
+    known: set[psutil.Process] = set()
+    _find(nodes, known)
+    _signal_groups(nodes, signal.SIGTERM)
+    for process in known:
+        # A stopped process sees SIGTERM only once it runs again.
+        _send(process, signal.SIGCONT)
+    _wait(known, nodes, min(time.monotonic() + grace_s, deadline))
+    # Twice and more: a process may fork between the look and the signal.
+    while _find(nodes, known):
+        _signal_groups(nodes, signal.SIGKILL)
+        for process in known:
+            _send(process, signal.SIGKILL)
+        _wait(known, nodes, min(time.monotonic() + 0.5, deadline))
+        if time.monotonic() >= deadline and (left := _find(nodes, known)):
+            pids = ", ".join(str(p.pid) for p in left)
+            raise RunFailed(f"processes {pids} could not be ended: end them by hand before the next run.")
+
+
+def _find(nodes: Sequence[NodeProcess], known: set[psutil.Process]) -> list[psutil.Process]:
+    """Add every living process of the nodes to `known`; returns those alive."""
+    for node in nodes:
+        node.process.poll()  # reaps it, so that it does not stay as a zombie
+        if node.process.returncode is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                known.add(psutil.Process(node.process.pid))
+    for process in list(known):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known.update(process.children(recursive=True))
+    known.update(_marked({node.mark for node in nodes}))
+    return [p for p in known if _alive(p)]
+
+
+def _marked(marks: set[str]) -> Iterator[psutil.Process]:
+    """Processes that carry the run's mark: also those that left the group and whose parent is gone."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RUN_MARK) in marks:
+                yield process
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal_groups(nodes: Sequence[NodeProcess], number: signal.Signals) -> None:
+    for node in nodes:
+        # The group is as old as its leader's pid; it cannot be another's while one member lives.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(node.process.pid, number)
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)  # psutil checks that the pid was not given to another process
+
+
+def _wait(known: set[psutil.Process], nodes: Sequence[NodeProcess], deadline: float) -> None:
+    while time.monotonic() < deadline:
+        for node in nodes:
+            node.process.poll()
+        if not any(_alive(p) for p in known):
+            return
+        time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """A second Ctrl-C must not interrupt the cleaning up that the first one began; it is bounded anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def termination_raises() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process through its `finally` blocks, as Ctrl-C does; main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
