@@ -15,6 +15,11 @@ logger = logging.getLogger(__name__)
 BACKEND = "kvtuner"
 SUPPORTED_SGLANG = ("0.5.17",)
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+CHANNEL_PAGE_SIZES = (64, 128)
+TOKEN_PAGE_SIZES = (1,)
+KEY_AXIS_NAMES = ("per token", "per channel")
+CPU_MAX_RUNNING_REQUESTS = 8
+CUDA_MAX_RUNNING_REQUESTS = 64
 # Arguments that a test serves quantized with, or that never come near keys and values.
 ALLOWED_ARGUMENTS = frozenset("""
     model_path tokenizer_path tokenizer_mode load_format trust_remote_code served_model_name revision
@@ -53,13 +58,13 @@ def around_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: 
     options = _from_cli.get() or pop_options(kwargs)
     object.__setattr__(self, "_kvtuner", options)
     if options.enabled:
-        kwargs = _quantized_arguments(type(self), kwargs)
+        kwargs = _quantized_arguments(type(self), kwargs, options)
     original(self, *args, **kwargs)
     if options.enabled:
         _check_model(self, options)
 
 
-def _quantized_arguments(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOptions) -> dict[str, Any]:
     _check_sglang()
     for field in dataclasses.fields(cls):
         given = kwargs.get(field.name, field.default)
@@ -69,14 +74,26 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("attention_backend") not in (None, BACKEND):
         raise ConfigError(f"--attention-backend {kwargs['attention_backend']} cannot read packed pages: leave it out, "
                           "so that kvtuner's own backend is used.")
-    if kwargs.get("page_size") not in (None, 1):
-        raise ConfigError(f"--page-size {kwargs['page_size']} is not covered by a test with per-token formats: "
-                          "leave it out.")
-    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": 1}
+    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": _page_size(kwargs, options)}
+    if options.kv_format().key.per_channel and kwargs.get("max_running_requests") is None:
+        requests = CPU_MAX_RUNNING_REQUESTS if kwargs.get("device") == "cpu" else CUDA_MAX_RUNNING_REQUESTS
+        logger.warning("kvtuner: --max-running-requests is not set; each running request keeps a page in full "
+                       "precision, so it is limited to %d.", requests)
+        changes["max_running_requests"] = requests
     if kwargs.get("device") != "cpu" and not kwargs.get("disable_cuda_graph"):
         logger.warning("kvtuner: the reference backend cannot be captured, so CUDA graphs are off.")
         changes["disable_cuda_graph"] = True
     return {**kwargs, **changes}
+
+
+def _page_size(kwargs: dict[str, Any], options: KvtunerOptions) -> int:
+    """The page that the key format needs, unless the user chose another one that fits it."""
+    allowed = CHANNEL_PAGE_SIZES if options.kv_format().key.per_channel else TOKEN_PAGE_SIZES
+    given = kwargs.get("page_size")
+    if given is not None and given not in allowed:
+        raise ConfigError(f"--page-size {given} does not fit keys stored {KEY_AXIS_NAMES[options.kvtuner_axis_key]}: "
+                          f"leave it out or choose {' or '.join(map(str, allowed))}.")
+    return given or allowed[0]
 
 
 def _default(field: Any) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from kvtuner_sglang.plugin import arguments, heartbeat, logits_file
+from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.plugin.options import add_cli_flags, options_of
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 POOL_SIZES = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
+PAGE_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
@@ -35,13 +37,16 @@ def _after_support_triton(result: bool, backend: str) -> bool:
     return result and (backend != arguments.BACKEND or torch.cuda.is_available())
 
 
-def _before_scheduler_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Runs first in every rank: switches measurement-only output on."""
-    options = options_of(server_args)
-    if options.kvtuner_logits_dir is not None:
-        logits_file.write_to(Path(options.kvtuner_logits_dir))
-    if options.kvtuner_heartbeat_dir is not None:
-        Path(options.kvtuner_heartbeat_dir).mkdir(parents=True, exist_ok=True)
+def _around_scheduler_init(original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any,
+                           **kwargs: Any) -> None:
+    """Runs first in every rank: switches measurement-only output on, and turns a refusal into its one sentence."""
+    with refusing_in_one_sentence():
+        options = options_of(server_args)
+        if options.kvtuner_logits_dir is not None:
+            logits_file.write_to(Path(options.kvtuner_logits_dir))
+        if options.kvtuner_heartbeat_dir is not None:
+            Path(options.kvtuner_heartbeat_dir).mkdir(parents=True, exist_ok=True)
+        original(scheduler, server_args, *args, **kwargs)
 
 
 HOOKS: tuple[tuple[str, Callable[..., Any], HookType], ...] = (
@@ -53,7 +58,10 @@ HOOKS: tuple[tuple[str, Callable[..., Any], HookType], ...] = (
     (f"{CONFIGURATOR}._build_mha_kv_pool", _later("sizing", "around_build_mha_kv_pool"), HookType.AROUND),
     (f"{POOL_SIZES}._compute_cell_size", _later("sizing", "around_compute_cell_size"), HookType.AROUND),
     (f"{POOL_SIZES}.calculate_pool_sizes", _later("sizing", "around_calculate_pool_sizes"), HookType.AROUND),
-    (f"{SCHEDULER}.__init__", _before_scheduler_init, HookType.BEFORE),
+    (f"{PAGE_ALLOCATOR}.alloc_extend", _later("cpu_allocator", "around_alloc_extend"), HookType.AROUND),
+    (f"{PAGE_ALLOCATOR}.alloc_decode", _later("cpu_allocator", "around_alloc_decode"), HookType.AROUND),
+    ("sglang.srt.mem_cache.allocation.get_last_loc", _later("cpu_allocator", "around_get_last_loc"), HookType.AROUND),
+    (f"{SCHEDULER}.__init__", _around_scheduler_init, HookType.AROUND),
     (f"{SCHEDULER}.get_init_info", _later("startup_check", "after_get_init_info"), HookType.AFTER),
     ("sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver.recv_requests",
      heartbeat.before_recv_requests, HookType.BEFORE),

@@ -8,15 +8,15 @@ is noticed after a bound and named.
 import json
 import os
 import socket
-import sys
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 import kvtuner_sglang
-from kvtuner_sglang.errors import ConfigError, UserError
+from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
+from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.quant import KVShape, format_hash
 
@@ -26,14 +26,9 @@ SAME_ON_ALL_RANKS = ("enabled", "plan_hash", "package_version", "sglang_version"
 
 def after_get_init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """Add the pool's state of all ranks to what /server_info shows; stop the start if one is not as it must be."""
-    try:
-        state = rank_state(scheduler)
-        states = _gather(state)
+    with refusing_in_one_sentence():
+        states = _gather(rank_state(scheduler))
         compare(states)
-    except UserError as error:
-        sys.stderr.write(f"kvtuner: {error}\n")
-        sys.stderr.flush()
-        raise
     options = options_of(scheduler.server_args)
     result["kvtuner"] = _summary(scheduler, options, states)
     return result

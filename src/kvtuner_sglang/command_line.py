@@ -1,0 +1,114 @@
+"""What stands between run.py and the tasks: every job is checked before the first one starts."""
+
+import itertools
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvtuner_sglang.config import RunConfig, parse
+from kvtuner_sglang.errors import ConfigError, UserError
+from kvtuner_sglang.evidence.outcome import Outcome
+
+_outcomes: list[Outcome] = []
+
+
+def check(argv: Sequence[str], conf: Path) -> None:
+    """Compose and check every job of this command line; exits with one sentence and code 2 if one cannot be.
+
+    Flags (--help, --cfg, ...) are Hydra's own business; only overrides are looked at.
+    """
+    if any(word in ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version") for word in argv):
+        return
+    multirun = any(word in ("-m", "--multirun") for word in argv)
+    overrides = [word for word in argv if not word.startswith("-")]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        for job in _jobs(overrides, multirun=multirun):
+            load(job, conf)
+    except UserError as error:
+        sys.exit(_complain(error))
+
+
+def load(overrides: Sequence[str], conf: Path) -> RunConfig:
+    """The checked configuration that these overrides compose to; raises ConfigError, one sentence."""
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            cfg = compose("config", overrides=list(overrides))
+        return parse(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_sentence(str(error))) from error
+
+
+def run_job(tree: dict[str, Any]) -> Outcome:
+    """Run one composed configuration; a failed job is an outcome, so that a sweep goes on to its next one."""
+    from kvtuner_sglang.tasks import run_task
+
+    config = parse(tree)
+    try:
+        outcome = run_task(config, _say)
+    except UserError as error:
+        _complain(error)
+        outcome = Outcome(run_dir=config.run_dir, status="failed", skipped=False, reason=str(error))
+    _outcomes.append(outcome)
+    return outcome
+
+
+def exit_code() -> int:
+    """0 if every job of this process ended ok, else 1."""
+    return int(any(outcome.status != "ok" for outcome in _outcomes))
+
+
+def _jobs(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
+    """Override lists, one per job: the product of all sweeps on the command line."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(_one_sentence(str(error))) from error
+    choices: list[list[str]] = []
+    for override in parsed:
+        if override.key_or_group.startswith("hydra"):
+            continue
+        if override.is_sweep_override():
+            if not multirun:
+                raise ConfigError(f"{override.input_line} names several values: add -m to run them all.")
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line or ""])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _one_sentence(message: str) -> str:
+    """Hydra's paragraphs as one sentence: the fault, then the options it lists."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("Available options")), None)
+    fault = lines[1] if lines[0].startswith("In ") and len(lines) > 1 else lines[0]
+    if start is None:
+        return fault.rstrip(".:") + "."
+    options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[start + 1 :])
+    return f"{fault.rstrip('.')}: choose from {', '.join(options)}."
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _complain(error: UserError) -> int:
+    sys.stderr.write(f"kvtuner: {error}\n")
+    sys.stderr.flush()
+    return 2
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: through every `finally` that stops servers."""
+    raise KeyboardInterrupt

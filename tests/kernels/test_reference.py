@@ -1,0 +1,94 @@
+"""The torch reference against a second, slow implementation in plain Python integers and numpy float32."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kvtuner_sglang.quant import KVShape, TensorFormat
+from kvtuner_triton import layout, reference
+
+BITS = st.sampled_from([8, 4, 2])
+GROUPS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.sampled_from([8, 32, 64])),
+                    elements=st.one_of(st.just(0.0), st.floats(-6e4, 6e4, width=32), st.floats(-2, 2, width=32)))
+
+
+def slow_quantize(row: np.ndarray, bits: int, symmetric: bool) -> tuple[list[int], list[np.float16]]:
+    f32 = np.float32
+    top = 2**bits - 1
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scale = np.float16(f32(np.abs(row).max()) / f32(half - 1))
+        codes = [half if scale == 0 else int(min(max(np.floor(x / f32(scale) + f32(0.5)) + half, 0), top)) for x in row]
+        return codes, [scale]
+    zero, scale = np.float16(row.min()), np.float16(f32(row.max() - row.min()) / f32(top))
+    codes = [0 if scale == 0 else int(min(max(np.floor((x - f32(zero)) / f32(scale) + f32(0.5)), 0), top)) for x in row]
+    return codes, [scale, zero]
+
+
+@settings(max_examples=60, deadline=None)
+@given(GROUPS, BITS, st.booleans())
+def test_codes_and_metadata_equal_the_slow_implementation(x, bits, symmetric):
+    codes, meta = reference.quantize(torch.from_numpy(x), bits, symmetric=symmetric)
+    for row, row_codes, row_meta in zip(x, codes.tolist(), meta.numpy(), strict=True):
+        slow_codes, slow_meta = slow_quantize(row, bits, symmetric)
+        assert row_codes == slow_codes
+        assert row_meta.tolist() == [float(m) for m in slow_meta]
+
+
+@settings(max_examples=60, deadline=None)
+@given(GROUPS, BITS)
+def test_the_error_is_at_most_half_a_step_and_the_rounding_of_zero_and_scale(x, bits):
+    t = torch.from_numpy(x)
+    codes, meta = reference.quantize(t, bits, symmetric=False)
+    error = (reference.dequantize(codes, meta, bits) - t).abs()
+    reach = t.abs().amax(-1, keepdim=True)
+    bound = meta[:, :1].float() / 2 + reach * 3 * 2.0**-11 + 2.0**-14 * (2**bits)
+    assert (error <= bound).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(BITS, st.integers(0, 2**32 - 1))
+def test_packing_is_little_end_first_and_reversible(bits, seed):
+    codes = torch.randint(0, 2**bits, (3, 5, 64), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = reference.pack(codes, bits)
+    assert packed.shape == (3, 5, 64 * bits // 8)
+    number = int.from_bytes(bytes(packed[0, 0].tolist()), "little")
+    assert [(number >> (bits * i)) & (2**bits - 1) for i in range(64)] == codes[0, 0].tolist()
+    assert torch.equal(reference.unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -7.25])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_constant_group_is_exact(value, bits):
+    codes, meta = reference.quantize(torch.full((2, 64), value), bits, symmetric=False)
+    assert torch.equal(reference.dequantize(codes, meta, bits), torch.full((2, 64), value))
+
+
+@pytest.mark.parametrize("fmt", [TensorFormat(b, group_size=g, symmetric=s) for b in (8, 4, 2) for g in (None, 32) for s in (True, False)]
+                         + [TensorFormat(4, axis=1), TensorFormat(2, axis=1, symmetric=True), TensorFormat(16)])
+def test_pages_read_back_what_was_written_and_nothing_else(fmt):
+    shape = KVShape(kv_heads=2, head_dim=64, itemsize=4, page_size=16)
+    store = layout.allocate(fmt, shape, pages=5, dtype=torch.float32, device="cpu")
+    x = torch.randn(2, 2, 16, 64)
+    pages = torch.tensor([3, 1])
+    if fmt.per_channel:
+        reference.write_pages(store, pages, x)
+    else:
+        tokens = x.transpose(1, 2).reshape(32, 2, 64)
+        order = torch.randperm(32)
+        reference.write_tokens(store, pages.repeat_interleave(16)[order], torch.arange(16).repeat(2)[order], tokens[order])
+    expected = x if not fmt.quantized else reference.decode(fmt, *reference.encode(fmt, x))
+    back = reference.read_pages(store, pages, torch.float32)
+    assert torch.equal(back, expected.transpose(0, 1).flatten(1, 2))
+    untouched = store.codes[[0, 2, 4]]
+    assert not untouched.any()
+
+
+def test_allocated_bytes_are_the_formula():
+    shape = KVShape(kv_heads=2, head_dim=64, itemsize=4, page_size=16)
+    for fmt in (TensorFormat(16), TensorFormat(8), TensorFormat(4, group_size=32), TensorFormat(2, axis=1), TensorFormat(4, symmetric=True)):
+        store = layout.allocate(fmt, shape, pages=7, dtype=torch.float32, device="cpu")
+        assert store.nbytes == 7 * 16 * shape.tensor_bytes_per_token(fmt)
