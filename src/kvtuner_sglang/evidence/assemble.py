@@ -1,0 +1,88 @@
+"""Puts a run's parts together into its record."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence.record import (
+    DeviceMemory,
+    Environment,
+    KVRecord,
+    Metric,
+    ModelRecord,
+    NodeCommandRecord,
+    RunRecord,
+    SamplesFile,
+    Status,
+    Tracking,
+)
+
+if TYPE_CHECKING:
+    from kvtuner_sglang.serving.checkpoint import Checkpoint
+    from kvtuner_sglang.serving.commands import NodeCommand
+
+
+class Figures(Protocol):
+    """What a task measured; measure.seed_tests.Measurements is one."""
+
+    @property
+    def metrics(self) -> dict[str, Metric]: ...
+
+    @property
+    def kv(self) -> KVRecord: ...
+
+    @property
+    def memory(self) -> tuple[DeviceMemory, ...]: ...
+
+    @property
+    def rules(self) -> tuple[str, ...]: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+
+def utc_now() -> str:
+    """The time as records write it: ISO 8601, UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, status: Status, reason: str | None,
+             environment: Environment, samples: SamplesFile, group: str | None,
+             commands: "Sequence[NodeCommand]" = (), checkpoint: "Checkpoint | None" = None,
+             figures: Figures | None = None) -> RunRecord:
+    """The record of a run that ends now.
+
+    `reason` says why status is not ok; `figures` must be given exactly when it is, or pydantic's ValidationError is
+    raised.  `group` is the sweep's id, None outside one.
+    """
+    missing = {"reason": "the run is ok"} if reason is None else {}
+    if checkpoint is None:
+        missing["model"] = "the run ended before its checkpoint was ready"
+    if figures is None:
+        missing["kv"] = f"the run is {status}, so it carries no figures"
+    return RunRecord(
+        name=config.run_dir.name, status=status, reason=reason, config=config.to_dict(),
+        config_hash=config.config_hash, overrides=tuple(overrides),
+        commands=tuple(_command(command) for command in commands), environment=environment,
+        model=_model(config, checkpoint) if checkpoint else None,
+        kv=figures.kv if figures else None, metrics=figures.metrics if figures else {},
+        memory=figures.memory if figures else (), rules=figures.rules if figures else (),
+        warnings=figures.warnings if figures else (),
+        samples=samples, started=started, ended=utc_now(), seed=config.seed,
+        tracking=Tracking(mode=config.tracking.mode, status="pending", group=group), unknown=missing,
+    )
+
+
+def _command(command: "NodeCommand") -> NodeCommandRecord:
+    return NodeCommandRecord(node_rank=command.node_rank, host=command.host, http_port=command.http_port,
+                             argv=command.argv, environment=command.environment)
+
+
+def _model(config: RunConfig, checkpoint: "Checkpoint") -> ModelRecord:
+    return ModelRecord(
+        name=config.model.name, source=checkpoint.source, sha256=checkpoint.sha256,
+        architecture=checkpoint.architecture, layers=checkpoint.layers, q_heads=checkpoint.q_heads,
+        kv_heads=checkpoint.kv_heads, head_dim=checkpoint.head_dim, parameters=checkpoint.parameters,
+        dtype=checkpoint.dtype_name,
+    )

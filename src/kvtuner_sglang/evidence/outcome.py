@@ -1,0 +1,14 @@
+"""What one job of run.py ends with, so that a sweep can list it without knowing the task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`skipped`: a finished record was already there. `reason` says why a status is not ok."""
+
+    run_dir: Path
+    status: str
+    skipped: bool
+    reason: str | None
