@@ -231,7 +231,7 @@ def flush_cache(base_url: str, timeout_s: float = 30.0) -> None:
         with _direct.open(request, timeout=timeout_s):
             return
     except OSError as error:
-        raise RunFailed(f"the prefix cache could not be flushed ({error}): end other clients of this server.") from error
+        raise RunFailed(f"the prefix cache could not be flushed ({error}): end other clients first.") from error
 
 
 def answers_health(base_url: str, timeout_s: float, path: str = "/health") -> bool:

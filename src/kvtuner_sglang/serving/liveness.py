@@ -10,7 +10,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ POLL_S = 0.2
 STOPPED_GRACE_S = 5.0  # a stop shorter than this may be a debugger's; a frozen peer stops everything anyway
 HEALTH_EVERY_S = 5.0
 HEALTH_TIMEOUT_S = 20.0
+JOIN_S = 1.0  # the thread that asks /health may still wait for its answer; nothing depends on it
 SGLANG_TITLE = "sglang::"
 
 
@@ -48,8 +49,8 @@ class Liveness:
         self._beats = Heartbeats(heartbeat_dir, [w for w in self._watched if w.rank is not None])
         self._stopped_since_s: dict[int, float] = {}
         self._done = threading.Event()
-        self._threads = [threading.Thread(target=target, name=f"liveness-{target.__name__}", daemon=True)
-                         for target in (self._watch_processes, self._watch_health)]
+        self._threads = [threading.Thread(target=self._guarded, args=(watch,), daemon=True)
+                         for watch in (self._watch_processes, self._watch_health)]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -58,7 +59,15 @@ class Liveness:
     def stop(self) -> None:
         self._done.set()
         for thread in self._threads:
-            thread.join(HEALTH_TIMEOUT_S)
+            thread.join(JOIN_S)
+
+    def _guarded(self, watch: Callable[[], None]) -> None:
+        try:
+            watch()
+        except Exception as error:
+            # A watch that ended would let a frozen rank hang the run for ever.
+            self._abort.set(f"the liveness check itself failed ({error!r})")
+            raise
 
     def _watch_processes(self) -> None:
         with contextlib.ExitStack() as opened:
@@ -93,12 +102,12 @@ class Liveness:
             self._abort.set(f"{silent[0].name} gave no sign of life for {silent[1]:.0f} s")
 
     def _watch_health(self) -> None:
-        answered_s = dict.fromkeys(self._nodes, time.monotonic())
+        answered_s = {node.name: time.monotonic() for node in self._nodes}
         while not self._done.wait(HEALTH_EVERY_S) and not self._abort.is_set():
             for node in self._nodes:
                 if answers_health(node.command.url, min(HEALTH_TIMEOUT_S, self._timeout_s)):
-                    answered_s[node] = time.monotonic()
-                elif (age_s := time.monotonic() - answered_s[node]) > self._timeout_s:
+                    answered_s[node.name] = time.monotonic()
+                elif (age_s := time.monotonic() - answered_s[node.name]) > self._timeout_s:
                     self._abort.set(f"{node.name} did not answer /health for {age_s:.0f} s")
 
 

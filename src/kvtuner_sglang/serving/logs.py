@@ -8,7 +8,9 @@ REFUSAL = re.compile(r"^kvtuner: (.+)$", re.MULTILINE)
 # A traceback's last line, bare or behind a logger's stamp, or argparse's complaint.
 ERROR = re.compile(r"(?:^|\] )(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+$|error: .+$", re.MULTILINE)
 STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: [^\]]*)?\] ")
+UNINFORMATIVE = ("server_args=", "Ignore import error", "Fail to set RLIMIT")
 LINE_LIMIT = 200
+PROGRESS_LIMIT = 90
 
 
 def tail(log: Path) -> str:
@@ -36,6 +38,7 @@ def last_error(log: Path) -> str | None:
 def last_line(log: Path) -> str | None:
     """The last line that SGLang's logger stamped, without the stamp: what the node says it is doing."""
     for line in reversed(tail(log).splitlines()):
-        if STAMP.match(line):
-            return STAMP.sub("", line).strip()[:LINE_LIMIT]
+        text = STAMP.sub("", line).strip()
+        if text != line.strip() and not text.startswith(UNINFORMATIVE):
+            return text[:PROGRESS_LIMIT]
     return None

@@ -13,7 +13,7 @@ import psutil
 from kvtuner_sglang.errors import RunFailed
 from kvtuner_sglang.serving.launcher import RUN_MARK, NodeProcess
 
-GRACE_S = 3.0
+GRACE_S = 2.0  # SGLang drains for five seconds and more; nothing of ours depends on its farewell
 LIMIT_S = 10.0
 POLL_S = 0.05
 

@@ -68,8 +68,9 @@ def _check_plan(who: str, state: Info, plan: Sequence[KVFormat]) -> None:
 
 def _check_ranks(ranks: list[Info], config: RunConfig, checkpoint: Checkpoint) -> None:
     dist = config.dist
-    if sorted(r["rank"] for r in ranks) != list(range(dist.ranks)):
-        raise RunFailed(f"/server_info names {len(ranks)} ranks where tp={dist.tp} x pp={dist.pp} makes {dist.ranks}: "
+    named = sorted(r["rank"] for r in ranks)
+    if named != list(range(dist.ranks)):
+        raise RunFailed(f"/server_info names ranks {named} where tp={dist.tp} x pp={dist.pp} makes {dist.ranks}: "
                         "start every node.")
     nodes = {r["node_rank"] for r in ranks}
     if nodes != set(range(dist.nnodes)):
