@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -54,7 +55,7 @@ def run_job(tree: dict[str, Any]) -> Outcome:
 
     config = parse(tree)
     try:
-        outcome = run_task(config, _say)
+        outcome = run_task(config, HydraConfig.get().overrides.task, _say)
     except UserError as error:
         _complain(error)
         outcome = Outcome(run_dir=config.run_dir, status="failed", skipped=False, reason=str(error))

@@ -67,8 +67,8 @@ def around_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: 
 def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOptions) -> dict[str, Any]:
     _check_sglang()
     for field in dataclasses.fields(cls):
-        given = kwargs.get(field.name, field.default)
-        if field.name not in ALLOWED_ARGUMENTS and given != _default(field):
+        unusual = field.name in kwargs and kwargs[field.name] != _default(field)
+        if unusual and field.name not in ALLOWED_ARGUMENTS:
             raise ConfigError(f"--{field.name.replace('_', '-')} is not covered by a test with quantized keys and "
                               "values: leave it out, or give --enable-kvtuner-quant=False.")
     if kwargs.get("attention_backend") not in (None, BACKEND):

@@ -1,0 +1,55 @@
+"""The seed report's three tests, in its order, against one running server that stays the same throughout."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, Metric
+from kvtuner_sglang.measure import memory, validity
+from kvtuner_sglang.measure.prompts import PromptSource
+from kvtuner_sglang.measure.target import Server, Target
+from kvtuner_sglang.measure.throughput import measure_throughput
+from kvtuner_sglang.measure.ttft import measure_ttft
+from kvtuner_sglang.serving import client
+from kvtuner_sglang.serving.client import Sample
+
+if TYPE_CHECKING:
+    from kvtuner_sglang.serving.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a valid run found; `warnings` are oddities that do not make it invalid."""
+
+    metrics: dict[str, Metric]
+    kv: KVRecord
+    memory: tuple[DeviceMemory, ...]
+    rules: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: Callable[[str], None],
+                   keep: Callable[[Sample], None]) -> Measurements:
+    """Time to first token, throughput and latency, memory.
+
+    Every request's sample goes to `keep` as it ends (evidence.samples.SampleLog.append), also when it does not count.
+    Raises MeasurementInvalid naming the broken rule, or RunFailed naming the rank that is gone.
+    """
+    validity.require_enough_requests(config.workload.throughput.requests, config.workload.throughput.concurrency)
+    validity.require_plain_server(cluster.server_info)
+    target = Target(cluster, config.server.request_timeout_s, keep)
+    prompts = PromptSource(checkpoint.vocab_size, config.seed)
+    metrics = measure_ttft(target, config, prompts, say)
+    metrics |= measure_throughput(target, config, prompts, say)
+    cluster.check()
+    after = client.server_info(cluster.base_url)
+    validity.require_same_server(cluster.server_info, after)
+    p50_ms = {tokens: metrics[f"ttft_ms/prompt_tokens={tokens}"].p50 for tokens in config.workload.ttft.prompt_tokens}
+    return Measurements(
+        metrics=metrics,
+        kv=memory.kv_record(after["kvtuner"], config),
+        memory=memory.device_memory(after["kvtuner"]["ranks"]),
+        rules=validity.rules_held(),
+        warnings=tuple(validity.monotone_warnings(p50_ms)),
+    )

@@ -1,0 +1,112 @@
+"""The three result sections: a table each, and an analysis whose every figure is computed from the record."""
+
+from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RunRecord
+from kvtuner_sglang.evidence.sweep import markdown_table
+
+MIB = 2**20
+LEVEL_BAND = 0.1  # a change of the median below ten percent is called level
+Text = dict[str, str]
+
+
+def ttft_section(record: RunRecord, text: Text) -> list[str]:
+    """Table and analysis of the time to first token."""
+    lengths = record.levels("ttft_ms", "prompt_tokens")
+    metrics = [record.metric("ttft_ms", prompt_tokens=n) for n in lengths]
+    header = (text["prompt_length"], text["average_ms"], text["min_ms"], text["max_ms"], "p50", "p90", "n")
+    rows = [(text["n_tokens"].format(n=n), *(f"{v:.2f}" for v in (m.mean, m.min, m.max, m.p50, m.p90)), str(m.n))
+            for n, m in zip(lengths, metrics, strict=True)]
+    return [f"### 1. {text['ttft']}", markdown_table(header, rows), text["ttft_method"],
+            f"**{text['analysis']}**: {_ttft_analysis(record, lengths, text)}"]
+
+
+def _ttft_analysis(record: RunRecord, lengths: list[int], text: Text) -> str:
+    metrics = {n: record.metric("ttft_ms", prompt_tokens=n) for n in lengths}
+    short, long = lengths[0], lengths[-1]
+    first, last = metrics[short].p50, metrics[long].p50
+    if short == long:
+        return text["ttft_analysis_one"].format(short=short, first=first, short_n=metrics[short].n)
+    factor = last / first
+    verb = "level" if abs(factor - 1) <= LEVEL_BAND else "grows" if factor > 1 else "falls"
+    widest = max(lengths, key=lambda n: metrics[n].max / metrics[n].min)
+    return text["ttft_analysis"].format(
+        verb=text[verb], first=first, last=last, short=short, long=long, short_n=metrics[short].n,
+        long_n=metrics[long].n, factor=factor, length_factor=long / short, spread_at=widest,
+        spread_min=metrics[widest].min, spread_max=metrics[widest].max,
+    )
+
+
+def throughput_section(record: RunRecord, text: Text) -> list[str]:
+    """Table and analysis of throughput and latency under load."""
+    levels = record.levels("latency_ms", "concurrency")
+    load = record.config["workload"]["throughput"]
+    header = tuple(text[key] for key in ("concurrency", "request_rate", "token_rate", "latency_mean", "latency_p50",
+                                         "latency_p90", "tpot_p50", "success", "requests"))
+    method = text["throughput_method"].format(prompt=load["prompt_tokens"], output=load["output_tokens"])
+    return [f"### 2. {text['throughput']}", markdown_table(header, [_level_row(record, level) for level in levels]),
+            method, f"**{text['analysis']}**: {_throughput_analysis(record, levels, text)}"]
+
+
+def _level_row(record: RunRecord, level: int) -> tuple[str, ...]:
+    latency = record.metric("latency_ms", concurrency=level)
+    tpot = record.metrics.get(f"tpot_ms/concurrency={level}")  # absent when one output token is asked for
+    return (
+        str(level), f"{record.metric('requests_per_s', concurrency=level).mean:.2f}",
+        f"{record.metric('output_tokens_per_s', concurrency=level).mean:.1f}", f"{latency.mean:.1f}",
+        f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{tpot.p50:.1f}" if tpot else "",
+        f"{record.metric('success_ratio', concurrency=level).mean:.0%}", str(latency.n),
+    )
+
+
+def _throughput_analysis(record: RunRecord, levels: list[int], text: Text) -> str:
+    rates = {n: record.metric("output_tokens_per_s", concurrency=n).mean for n in levels}
+    latency = {n: record.metric("latency_ms", concurrency=n) for n in levels}
+    best = max(rates, key=rates.__getitem__)
+    sent = sum(round(latency[n].n / record.metric("success_ratio", concurrency=n).mean) for n in levels)
+    return text["throughput_analysis"].format(
+        tokens=rates[best], rate=record.metric("requests_per_s", concurrency=best).mean, best=best,
+        first=latency[levels[0]].mean, last=latency[levels[-1]].mean, low=levels[0], high=levels[-1],
+        succeeded=sum(latency[n].n for n in levels), sent=sent,
+    )
+
+
+def memory_section(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
+    """Device memory as the seed report has it, and beside it what the pool holds."""
+    header = tuple(text[key] for key in ("device", "node_column", "used_mib", "total_mib", "utilization", "source"))
+    return [
+        f"### 3. {text['memory']}",
+        markdown_table(header, [_device_row(device) for device in record.memory]),
+        text["prealloc"],
+        _pool_table(kv, text),
+        f"**{text['analysis']}**: {_memory_analysis(kv, text)}",
+    ]
+
+
+def _device_row(device: DeviceMemory) -> tuple[str, ...]:
+    used, total = device.used_mib, device.total_mib
+    known = used is not None and total is not None
+    return (device.name, "" if device.node_rank is None else str(device.node_rank),
+            f"{used:.0f}" if used is not None else device.unknown["used_mib"],
+            f"{total:.0f}" if total is not None else "", f"{used / total:.1%}" if known else "", device.source)
+
+
+def _pool_table(kv: KVRecord, text: Text) -> str:
+    header = (text["rank"], text["layers"], text["kv_heads"], text["kv_tokens"], text["bytes_formula"],
+              text["bytes_allocated"], text["bytes_full"].format(dtype=kv.full_precision_dtype), text["pool_mib"],
+              text["tail_mib"], text["pool_class"])
+    rows = [(str(r.rank), f"{r.layers[0]}-{r.layers[1] - 1}", str(r.kv_heads), str(r.tokens),
+             f"{r.bytes_per_token_formula:.1f}", f"{r.bytes_per_token_allocated:.1f}", f"{r.bytes_per_token_full:.0f}",
+             f"{r.pool_bytes / MIB:.1f}", f"{r.tail_bytes / MIB:.1f}", r.pool_class) for r in kv.ranks]
+    return markdown_table(header, rows)
+
+
+def _memory_analysis(kv: KVRecord, text: Text) -> str:
+    if kv.budget_bytes_per_rank is None or kv.full_precision_tokens is None or kv.capacity_ratio is None:
+        return text["memory_analysis_free"].format(tokens=kv.tokens, bits=kv.effective_bits)
+    sentences = [text["memory_analysis"].format(tokens=kv.tokens, bits=kv.effective_bits,
+                                                budget=kv.budget_bytes_per_rank / MIB)]
+    if kv.enabled:
+        sentences.append(text["memory_ratio"].format(dtype=kv.full_precision_dtype, full=kv.full_precision_tokens,
+                                                     ratio=kv.capacity_ratio))
+        if kv.full_precision_dtype == "float32":
+            sentences.append(text["memory_ratio_16"].format(ratio=kv.capacity_ratio / 2))
+    return " ".join(sentences)

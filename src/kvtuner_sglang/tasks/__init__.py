@@ -1,0 +1,20 @@
+"""What run.py can do: one module per task, each with run(config, overrides, say) -> Outcome."""
+
+from collections.abc import Callable, Sequence
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence.outcome import Outcome
+from kvtuner_sglang.evidence.record import RECORD_FILE, load_record
+
+
+def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], None]) -> Outcome:
+    """Run the configured task, unless its record is there and finished; raises UserError."""
+    if (config.run_dir / RECORD_FILE).exists() and not config.force:
+        record = load_record(config.run_dir)
+        if record.status == "ok":
+            say(f"{config.run_dir}: finished at {record.ended}, skipped; force=true repeats it")
+            return Outcome(config.run_dir, record.status, skipped=True, reason=None)
+    # Imported here: a sweep whose jobs are all finished must not wait for SGLang's imports.
+    from kvtuner_sglang.tasks import serve
+
+    return serve.run(config, overrides, say)

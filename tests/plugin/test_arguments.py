@@ -1,0 +1,102 @@
+"""Which SGLang arguments start beside quantization: the real parser, the real ServerArgs, every hook in place."""
+
+import pytest
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+from tiny_models import save_tiny
+
+from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin import arguments, entry
+from kvtuner_sglang.plugin.options import options_of
+
+load_plugins()
+QUANTIZED = ["--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4"]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama"))
+
+
+def start(model: str, *words: str) -> ServerArgs:
+    return prepare_server_args(["--model-path", model, "--device", "cpu", *words])
+
+
+def refusal(model: str, *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        start(model, *words)
+    assert isinstance(stopped.value.code, str), "a sentence, which also makes the exit code 1"
+    assert stopped.value.code.startswith("kvtuner: ")
+    return stopped.value.code
+
+
+def test_quantization_brings_its_own_backend_and_page(llama):
+    args = start(llama, *QUANTIZED)
+    assert (args.attention_backend, args.page_size, options_of(args).enabled) == ("kvtuner", 1, True)
+    paged = start(llama, *QUANTIZED, "--kvtuner-axis-key", "1")
+    assert (paged.page_size, paged.max_running_requests) == (64, 8)
+    assert start(llama, *QUANTIZED, "--kvtuner-axis-key", "1", "--page-size", "128").page_size == 128
+
+
+def test_without_quantization_sglang_is_left_alone(llama):
+    for words in ([], ["--enable-kvtuner-quant=False", "--kvtuner-kv-gib", "1"]):
+        args = start(llama, *words)
+        assert args.attention_backend in ("torch_native", "intel_amx")
+        assert not options_of(args).enabled
+
+
+@pytest.mark.parametrize("words", [
+    ["--enable-hierarchical-cache"],
+    ["--disaggregation-mode", "prefill"],
+    ["--speculative-algorithm", "NGRAM"],
+    ["--kv-cache-dtype", "fp8_e5m2"],
+    ["--enable-dp-attention"],
+    ["--attention-backend", "triton"],
+    ["--page-size", "16"],
+    ["--enable-lmcache"],
+    ["--enable-unified-memory"],
+    ["--dp-size", "2"],
+])
+def test_what_no_test_covers_is_refused_by_name(llama, words):
+    assert words[0] in refusal(llama, *QUANTIZED, *words)
+
+
+@pytest.mark.parametrize("words", [["--enable-hierarchical-cache"], ["--attention-backend", "torch_native"]])
+def test_the_same_arguments_pass_without_quantization(llama, words):
+    assert start(llama, *words)
+
+
+def test_an_architecture_that_no_test_covers_is_refused(tmp_path):
+    model = save_tiny(tmp_path / "gpt_neox", "gpt_neox")
+    assert "GPTNeoXForCausalLM" in refusal(str(model), *QUANTIZED)
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused(llama):
+    sentence = refusal(llama, *QUANTIZED, "--kvtuner-q-group-size", "24")
+    assert "24" in sentence
+    assert "head_dim 32" in sentence
+
+
+def test_another_sglang_version_is_refused(llama, monkeypatch):
+    monkeypatch.setattr("sglang.__version__", "0.5.99")
+    assert "sglang==0.5.17" in refusal(llama, *QUANTIZED)
+    assert start(llama)
+
+
+def test_a_renamed_hook_target_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(arguments, "_broken_targets", [])
+    renamed = f"{entry.CONFIGURATOR}._build_mha_kv_pool_renamed"
+    monkeypatch.setattr(entry, "HOOKS", ((renamed, None, HookType.AROUND),))
+    entry.register()
+    assert renamed in refusal(llama, *QUANTIZED)
+    assert start(llama)
+
+
+def test_engine_keywords_take_the_same_path(llama):
+    args = ServerArgs(model_path=llama, device="cpu", enable_kvtuner_quant=True, kvtuner_nbits_key=8)
+    assert (args.attention_backend, options_of(args).kvtuner_nbits_key) == ("kvtuner", 8)
+    with pytest.raises(ConfigError, match="enable-hierarchical-cache"):
+        ServerArgs(model_path=llama, device="cpu", enable_kvtuner_quant=True, enable_hierarchical_cache=True)
+    with pytest.raises(ConfigError, match="not a kvtuner option"):
+        ServerArgs(model_path=llama, device="cpu", enable_kvtuner_quant=True, kvtuner_bits=4)
