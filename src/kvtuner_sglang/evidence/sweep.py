@@ -104,7 +104,6 @@ class SweepCallback(Callback):
     """Collects the jobs of one multirun; at its end prints their table and keeps it in runs_dir/sweeps/<id>/."""
 
     current: ClassVar[str | None] = None  # the sweep in progress in this process
-    overrides: ClassVar[tuple[str, ...]] = ()  # of the job in progress
 
     def __init__(self) -> None:
         self.jobs: list[SweepJob] = []
@@ -112,9 +111,6 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
         self.jobs = []
         SweepCallback.current = datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S")
-
-    def on_job_start(self, config: DictConfig, *, task_function: Any, **_kwargs: Any) -> None:
-        SweepCallback.overrides = tuple(config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
         if SweepCallback.current is None:
@@ -134,8 +130,3 @@ class SweepCallback(Callback):
 def current_sweep() -> str | None:
     """Id of the sweep that this process is in the middle of, which groups its runs in W&B; None for a single run."""
     return SweepCallback.current
-
-
-def current_overrides() -> tuple[str, ...]:
-    """The words, one value each, that the job in progress was given on the command line."""
-    return SweepCallback.overrides
