@@ -57,7 +57,7 @@ def ablation_section(record: RunRecord, others: Sequence[RunRecord], text: Text)
     parts = [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows)]
     commits = sorted({_commit(run) for run in runs.values()})
     if len(commits) > 1 or any(run.environment.git_dirty for run in runs.values()):
-        parts.append(text["mixed_commits"].format(n=len(commits), commits=", ".join(commits)))
+        parts.append(text["mixed_commits"].format(commits=", ".join(commits)))
     return parts
 
 

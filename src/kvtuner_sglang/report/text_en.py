@@ -99,8 +99,8 @@ TEXT: dict[str, str] = {
     "ttft_at": "TTFT p50 at {n} (ms)",
     "rate_at": "Output at {n} (tok/s)",
     "missing": "not run: `{command}`",
-    "mixed_commits": "These runs are from {n} different commits or have uncommitted changes: {commits}. Repeat them on "
-                     "one commit before comparing times.",
+    "mixed_commits": "These runs are from different commits or had uncommitted changes (+): {commits}. Repeat them on "
+                     "one clean commit before comparing times.",
     "reproduce": "How to reproduce",
     "reproduce_text": "At commit {sha}, with the lock `{lock}`:",
     "reproduce_single": "One node by hand: `commands/node<i>.sh` beside this report, one per node.",
