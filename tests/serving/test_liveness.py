@@ -131,7 +131,7 @@ def test_a_stopped_rank_is_named_and_not_its_silent_peer(two_nodes, monkeypatch)
     pid = two_nodes[1][1]["pid"]
     os.kill(pid, signal.SIGSTOP)
     assert abort.wait(5)
-    assert abort.reason.startswith(f"rank 1 (node 1, pid {pid}) is stopped")
+    assert abort.reason.startswith(f"rank 1 (node 1, pid {pid}) has been stopped")
     liveness.stop()
 
 

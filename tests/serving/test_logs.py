@@ -20,7 +20,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_no_log_yet(log: Path) -> None:
-    assert (logs.refusal(log), logs.last_error(log), logs.last_line(log)) == (None, None, None)
+    assert (logs.refusal(log), logs.last_error(log), logs.last_step(log)) == (None, None, "importing SGLang")
 
 
 def test_a_refusal_is_found_among_other_lines(log: Path) -> None:
@@ -45,10 +45,10 @@ def test_the_last_error(log: Path, text: str, error: str | None) -> None:
     assert logs.last_error(log) == error
 
 
-def test_the_last_stamped_line_says_what_it_does(log: Path) -> None:
-    log.write_text(TRACEBACK + "[2026-11-22 23:47:16 PP0 TP0] Init torch distributed begin.\n"
+def test_the_last_step_is_told_from_other_lines(log: Path) -> None:
+    log.write_text(TRACEBACK + "[2026-11-22 23:47:16 PP0 TP0] Load weight end. elapsed=2.18 s\n"
                    "[2026-11-22 23:47:17] Ignore import error x\n[2026-11-22 23:47:17] server_args=Server\n")
-    assert logs.last_line(log) == "Init torch distributed begin."
+    assert logs.last_step(log) == "Load weight end. elapsed=2.18 s"
 
 
 def test_a_long_log_is_read_from_its_end(log: Path) -> None:

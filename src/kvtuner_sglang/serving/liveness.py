@@ -95,7 +95,7 @@ class Liveness:
             if process_state(watched.pid) not in ("T", "t"):
                 self._stopped_since_s.pop(watched.pid, None)
             elif now - self._stopped_since_s.setdefault(watched.pid, now) > STOPPED_GRACE_S:
-                self._abort.set(f"{watched.name} is stopped (SIGSTOP) for {STOPPED_GRACE_S:.0f} s")
+                self._abort.set(f"{watched.name} has been stopped (SIGSTOP) for {STOPPED_GRACE_S:.0f} s")
                 return
         silent = self._beats.oldest()
         if silent is not None and silent[1] > self._timeout_s:

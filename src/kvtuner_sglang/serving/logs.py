@@ -8,9 +8,11 @@ REFUSAL = re.compile(r"^kvtuner: (.+)$", re.MULTILINE)
 # A traceback's last line, bare or behind a logger's stamp, or argparse's complaint.
 ERROR = re.compile(r"(?:^|\] )(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+$|error: .+$", re.MULTILINE)
 STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: [^\]]*)?\] ")
-UNINFORMATIVE = ("server_args=", "Ignore import error", "Fail to set RLIMIT")
+# The lines that mark a step of SGLang's start, out of the hundreds that do not.
+STEPS = ("Init torch distributed", "Load weight", "KV Cache is allocated", "Capture", "Engine startup timings",
+         "Dummy health check server", "Prefill batch", "The server is fired up")
 LINE_LIMIT = 200
-PROGRESS_LIMIT = 90
+STEP_LIMIT = 60
 
 
 def tail(log: Path) -> str:
@@ -35,10 +37,10 @@ def last_error(log: Path) -> str | None:
     return found[-1].removeprefix("] ").strip()[:LINE_LIMIT] if found else None
 
 
-def last_line(log: Path) -> str | None:
-    """The last line that SGLang's logger stamped, without the stamp: what the node says it is doing."""
+def last_step(log: Path) -> str:
+    """What the node last said it is doing, as SGLang logged it; before that it imports."""
     for line in reversed(tail(log).splitlines()):
         text = STAMP.sub("", line).strip()
-        if text != line.strip() and not text.startswith(UNINFORMATIVE):
-            return text[:PROGRESS_LIMIT]
-    return None
+        if text.startswith(STEPS):
+            return text[:STEP_LIMIT]
+    return "importing SGLang"

@@ -41,7 +41,7 @@ def _ready(nodes: Sequence[NodeProcess]) -> bool:
 
 
 def _doing(nodes: Sequence[NodeProcess]) -> str:
-    return "; ".join(f"{node.name}: {logs.last_line(node.log_path) or 'importing'}" for node in nodes)
+    return "; ".join(f"{node.name}: {logs.last_step(node.log_path)}" for node in nodes)
 
 
 def _raise_if_ended(nodes: Sequence[NodeProcess]) -> None:

@@ -15,6 +15,7 @@ from kvtuner_sglang.serving.launcher import RUN_MARK, NodeProcess
 
 GRACE_S = 2.0  # SGLang drains for five seconds and more; nothing of ours depends on its farewell
 LIMIT_S = 10.0
+REAP_S = 2.0
 POLL_S = 0.05
 
 
@@ -41,6 +42,10 @@ def _stop(nodes: Sequence[NodeProcess], grace_s: float, deadline: float) -> None
         if time.monotonic() >= deadline and (left := _find(nodes, known)):
             pids = ", ".join(str(p.pid) for p in left)
             raise RunFailed(f"processes {pids} could not be ended: end them by hand before the next run.")
+    # The dead are shown until their new parent, init, has collected them; an init that never does is not waited for.
+    reaped_by = min(time.monotonic() + REAP_S, deadline)
+    while any(psutil.pid_exists(p.pid) for p in known) and time.monotonic() < reaped_by:
+        time.sleep(POLL_S)
 
 
 def _find(nodes: Sequence[NodeProcess], known: set[psutil.Process]) -> list[psutil.Process]:
