@@ -1,0 +1,1 @@
+"""What a server process needs where there is no GPU."""
