@@ -1,6 +1,7 @@
 """What stands between run.py and the tasks: every job is checked before the first one starts."""
 
 import itertools
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -91,12 +92,14 @@ def _jobs(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
 def _one_sentence(message: str) -> str:
     """Hydra's paragraphs as one sentence: the fault, then the options it lists."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
+    fault = re.sub(r"^In '[^']*': ", "", lines[0]).rstrip(".:")
     start = next((i for i, line in enumerate(lines) if line.startswith("Available options")), None)
-    fault = lines[1] if lines[0].startswith("In ") and len(lines) > 1 else lines[0]
-    if start is None:
-        return fault.rstrip(".:") + "."
-    options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[start + 1 :])
-    return f"{fault.rstrip('.')}: choose from {', '.join(options)}."
+    if start is not None:
+        options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[start + 1 :])
+        return f"{fault}: choose from {', '.join(options)}."
+    if fault.startswith("Could not override"):
+        return f"{fault}: no such option exists; python run.py --help lists them all."
+    return f"{fault}."
 
 
 def _say(line: str) -> None:

@@ -21,6 +21,7 @@ from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.quant import KVShape, format_hash
 
 GATHER_TIMEOUT_S = 20
+GIB = 1 << 30
 SAME_ON_ALL_RANKS = ("enabled", "plan_hash", "package_version", "sglang_version", "page_size", "kv_gib", "tokens")
 
 
@@ -49,13 +50,18 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     local = plan[pool.start_layer : pool.start_layer + pool.layer_num]
     if isinstance(pool, PackedKVPool) and pool.plan != local:
         raise ConfigError("the pool's formats are not those asked for: reinstall kvtuner-sglang.")
+    pool_bytes, tail_bytes = int(sum(pool.get_kv_size_bytes())), getattr(pool, "tail_bytes", 0)
+    budget = options.kvtuner_kv_gib
+    if budget is not None and pool_bytes + tail_bytes > budget * GIB:
+        raise ConfigError(f"keys and values take {(pool_bytes + tail_bytes) / GIB:.3f} GiB, over the byte budget of "
+                          f"{budget} GiB: a hook of kvtuner-sglang did not take, so reinstall it.")
     return {
         "rank": dist.get_rank(), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
         "node_rank": args.node_rank, "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
         "pool_class": type(pool).__name__, "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
         "page_size": pool.page_size, "tokens": scheduler.max_total_num_tokens,
-        "pool_bytes": int(sum(pool.get_kv_size_bytes())), "tail_bytes": getattr(pool, "tail_bytes", 0),
+        "pool_bytes": pool_bytes, "tail_bytes": tail_bytes,
         "bytes_per_token": shape.bytes_per_token(local),
         "bytes_per_token_full": pool.layer_num * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
         "enabled": options.enabled, "plan_hash": format_hash(plan), "kv_gib": options.kvtuner_kv_gib,

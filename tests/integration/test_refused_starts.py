@@ -1,0 +1,109 @@
+"""Starts that must stop: one sentence, a non-zero exit, no process left, all within a minute."""
+
+import os
+from pathlib import Path
+
+import pytest
+import requests
+from launch import free_port, nodes, wait_ended, wait_ready
+
+from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
+
+QUANTIZED = ["--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "0.05"]
+LIMIT_S = 60
+
+
+def two_nodes(port: int, *words: str, rank: int) -> list[str]:
+    return ["--pp-size", "2", "--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", f"127.0.0.1:{port}", *words]
+
+
+def assert_refused(started, *parts: str) -> None:
+    codes = wait_ended(started, LIMIT_S)
+    assert all(code != 0 for code in codes), codes
+    said = [line for node in started for line in node.sentences()]
+    assert said, started[0].text()[-3000:]
+    assert all(any(part in line for line in said) for part in parts), said
+
+
+@pytest.mark.parametrize("words", [
+    ["--enable-hierarchical-cache"], ["--speculative-algorithm", "NGRAM"], ["--disaggregation-mode", "prefill"],
+])
+def test_sglang_features_that_no_test_covers(tiny_model, tmp_path, words):
+    with nodes(tiny_model, [[*QUANTIZED, *words]], tmp_path) as started:
+        assert_refused(started, words[0])
+
+
+def plugin_without(hook: str, folder: Path) -> dict[str, str]:
+    """An installed plugin that is ours but for one hook, and the environment that makes SGLang load it instead."""
+    (folder / "broken_kvtuner.py").write_text(f"""
+from kvtuner_sglang.plugin import entry
+
+def register():
+    kept = tuple(h for h in entry.HOOKS if {hook!r} not in h[0])
+    assert len(kept) == len(entry.HOOKS) - 1
+    entry.HOOKS = kept
+    entry.register()
+""")
+    info = folder / "broken_kvtuner-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_kvtuner\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken = broken_kvtuner:register\n")
+    path = [cpu_server_environment(1, 1, 0)["PYTHONPATH"], str(folder)]
+    return {"SGLANG_PLUGINS": "broken", "PYTHONPATH": os.pathsep.join(path)}
+
+
+@pytest.mark.parametrize(("hook", "sentence"), [
+    ("_build_mha_kv_pool", "MHATokenToKVPool"),
+    ("calculate_pool_sizes", "the byte budget"),
+])
+def test_a_hook_that_did_not_take(tiny_model, tmp_path, hook, sentence):
+    environment = plugin_without(hook, tmp_path)
+    with nodes(tiny_model, [QUANTIZED], tmp_path, environments=[environment]) as started:
+        assert_refused(started, sentence)
+
+
+@pytest.mark.parametrize(("other", "environment", "sentence"), [
+    (["--enable-kvtuner-quant", "--kvtuner-nbits-key", "8", "--kvtuner-kv-gib", "0.05"], {}, "plan_hash"),
+    (["--kvtuner-kv-gib", "0.05"], {}, "enabled"),
+    ([], {"SGLANG_PLUGINS": "none"}, "install kvtuner-sglang"),
+])
+def test_nodes_that_differ(tiny_model, tmp_path, other, environment, sentence):
+    port = free_port()
+    flags = [two_nodes(port, *QUANTIZED, rank=0), two_nodes(port, *other, rank=1)]
+    with nodes(tiny_model, flags, tmp_path, environments=[{}, environment]) as started:
+        assert_refused(started, sentence)
+
+
+def test_the_seeds_launch_lines_serve_quantized(tiny_model, tmp_path):
+    """The seed's two lines; changed are model path, addresses, and what --device cpu needs."""
+    seed = ["--tp-size", "2", "--pp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
+            "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4",
+            "--dist-timeout", "300", "--disable-custom-all-reduce"]
+    flags = [[*seed, "--node-rank", "0"], [*seed, "--node-rank", "1"]]
+    with nodes(tiny_model, flags, tmp_path, tp=2) as started:
+        wait_ready(started[0], 150)
+        state = requests.get(f"{started[0].url}/server_info", timeout=20).json()["kvtuner"]
+        assert [rank["pool_class"] for rank in state["ranks"]] == ["PackedKVPool"] * 4
+        assert [rank["node_rank"] for rank in state["ranks"]] == [0, 0, 1, 1]
+        body = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
+        answer = requests.post(f"{started[0].url}/generate", json=body, timeout=60)
+        assert answer.status_code == 200
+        assert answer.json()["meta_info"]["completion_tokens"] == 4
+
+
+def test_false_serves_full_precision(tiny_model, tmp_path):
+    with nodes(tiny_model, [["--enable-kvtuner-quant=False", "--kvtuner-kv-gib", "0.05"]], tmp_path) as started:
+        wait_ready(started[0], 90)
+        state = requests.get(f"{started[0].url}/server_info", timeout=20).json()["kvtuner"]
+        assert not state["enabled"]
+        (rank,) = state["ranks"]
+        assert rank["pool_class"] == "MHATokenToKVPool"
+        assert rank["bytes_per_token"] == rank["bytes_per_token_full"]
+        assert rank["pool_bytes"] <= 0.05 * 2**30
+
+
+def test_nothing_of_this_survives():
+    """The launchers above are gone: this process has no live children."""
+    import psutil
+
+    assert [p for p in psutil.Process(os.getpid()).children() if "launch_server" in " ".join(p.cmdline())] == []
