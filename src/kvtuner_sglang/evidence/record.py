@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvtuner_sglang.errors import UserError
 
-SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 Status = Literal["ok", "failed", "invalid", "oom"]
 
@@ -181,7 +180,7 @@ class RunRecord(Explained):
     rules: the validity rules that held, a sentence each.  warnings: oddities that do not make a run invalid.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str
     status: Status
     reason: str | None
@@ -254,7 +253,7 @@ def load_record(run_dir: Path) -> RunRecord:
     except FileNotFoundError as error:
         raise UserError(f"{run_dir} holds no {RECORD_FILE}: run it first.") from error
     except ValidationError as error:
-        raise UserError(f"{path} is not a record of schema {SCHEMA_VERSION} ({error.error_count()} errors): "
+        raise UserError(f"{path} is not a record of this schema ({error.error_count()} errors): "
                         "repeat the run with force=true.") from error
 
 

@@ -55,10 +55,12 @@ def text_not_empty(sample: Sample) -> str | None:
 
 def times_in_order(sample: Sample) -> str | None:
     """Sent, first token and end follow each other, each of them known."""
-    times = [sample.sent_s, *sample.token_times_s, sample.ended_s]
-    if sample.token_times_s and None not in times and times == sorted(times) and times[0] < times[1]:
-        return None
-    return f"sent at {times[0]}, tokens at {sample.token_times_s}, ended at {times[-1]}: not in this order"
+    tokens, ended = sample.token_times_s, sample.ended_s
+    if tokens and ended is not None:
+        times = [*tokens, ended]
+        if times == sorted(times) and sample.sent_s < tokens[0]:
+            return None
+    return f"sent at {sample.sent_s}, tokens at {tokens}, ended at {ended}: not in this order"
 
 
 def cold_cache(sample: Sample) -> str | None:

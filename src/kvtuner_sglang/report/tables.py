@@ -83,10 +83,10 @@ def memory_section(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
 
 def _device_row(device: DeviceMemory) -> tuple[str, ...]:
     used, total = device.used_mib, device.total_mib
-    known = used is not None and total is not None
+    share = f"{used / total:.1%}" if used is not None and total is not None else ""
     return (device.name, "" if device.node_rank is None else str(device.node_rank),
             f"{used:.0f}" if used is not None else device.unknown["used_mib"],
-            f"{total:.0f}" if total is not None else "", f"{used / total:.1%}" if known else "", device.source)
+            f"{total:.0f}" if total is not None else "", share, device.source)
 
 
 def _pool_table(kv: KVRecord, text: Text) -> str:
