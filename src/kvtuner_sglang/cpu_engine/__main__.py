@@ -1,4 +1,4 @@
-"""`eval "$(python -m kvtuner_sglang.cpu_engine --tp 2)"`: what plain `python -m sglang.launch_server --device cpu` needs.
+"""What plain `sglang.launch_server --device cpu` needs: `eval "$(python -m kvtuner_sglang.cpu_engine --tp 2)"`.
 
 Prints shell lines that export the environment of a CPU server process.
 """
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default: 1)")
     parser.add_argument("--ranks-on-host", type=int, help="all ranks on this host, of every node (default: --tp)")
     parser.add_argument("--node-rank", type=int, default=0, help="which node this is (default: 0)")
-    parser.add_argument("--interface", default="lo", help="network interface that reaches the other nodes (default: lo)")
+    parser.add_argument("--interface", default="lo", help="interface that reaches the other nodes (default: lo)")
     asked = parser.parse_args()
     ranks_on_host = asked.tp if asked.ranks_on_host is None else asked.ranks_on_host
     if asked.tp < 1 or ranks_on_host < 1 or asked.node_rank < 0:
