@@ -1,0 +1,29 @@
+# Two commands: make run, make test. Each builds .venv by itself when it is missing or its lock has changed.
+#   make run ARGS="quant=kv4 dist=tp2pp2"     any options of run.py
+#   make run PYTHON=python3.12                another Python to build .venv with (3.11 or 3.12)
+
+# The first that SGLang's pins can be installed for; the one .venv was built with if there is one.
+PYTHON ?= $(or $(shell for python in .venv/bin/python python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$python && break; done),python3)
+ARGS ?=
+
+.PHONY: run test lint setup clean
+.DEFAULT_GOAL := run
+
+run: setup
+	@.venv/bin/python run.py $(ARGS)
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+setup:
+	@$(PYTHON) requirements/setup_venv.py
+
+clean:
+	rm -rf .venv .venv.lock build dist
