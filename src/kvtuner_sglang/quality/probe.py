@@ -1,0 +1,101 @@
+"""Before a model and plan are first served: compare full and quantized logits on a few tokens, and refuse a collapse.
+
+Runs in the transformers path on the device that will serve.  The verdict is cached by the checkpoint's sha256 and the
+plan, so it costs its minute once.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.quality.compare import compare_logits
+from kvtuner_sglang.quality.prose import prose_windows
+from kvtuner_sglang.quality.recipe import KVRecipe, recipe_of
+from kvtuner_sglang.quality.transformers_path import (
+    attention_errors,
+    load_model,
+    load_tokenizer,
+    logits,
+    quantized,
+)
+from kvtuner_sglang.quant import KVFormat, format_hash
+
+WORST_LAYERS = 3
+PROBE_VERSION = 1  # part of the cache key: raise it when text or method change
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """kl: mean nats over `tokens`; worst_layers: layer and KL with this layer alone quantized, worst first."""
+
+    kl: float
+    top1_agreement: float
+    tokens: int
+    worst_layers: tuple[tuple[int, float], ...]
+
+    def refusal(self, model: str, plan_name: str, bound: float) -> str:
+        """The sentence for a result above the bound."""
+        layers = ", ".join(f"{layer} ({kl:.3f})" for layer, kl in self.worst_layers)
+        return (f"{model} with quant={plan_name} has a logit KL of {self.kl:.3f} over the bound {bound:g} on "
+                f"{self.tokens} tokens; worst layers by KL alone: {layers}; use quant=kv4 or kv8, or raise "
+                "quality.probe_bound.")
+
+
+def probe_file(cache_dir: Path, model_sha256: str, plan: Sequence[KVFormat], page_size: int, tokens: int) -> Path:
+    """Where the verdict on this checkpoint and plan is kept."""
+    name = f"v{PROBE_VERSION}-{model_sha256[:16]}-{format_hash(plan)}-page{page_size}-{tokens}.json"
+    return cache_dir / "probe" / name
+
+
+def probe(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
+          dtype: torch.dtype) -> ProbeResult:
+    """Measure without a cache; loads the model, runs it twice and, layer by layer, a few times more."""
+    window = prose_windows(load_tokenizer(model_path), tokens, tokens)[0]
+    model = load_model(model_path, dtype, device)
+    recipes = [recipe_of(fmt, page_size) for fmt in plan]
+    full = logits(model, window)
+
+    def kl_and_agreement(some: Sequence[KVRecipe | None]) -> tuple[float, float]:
+        with quantized(some):
+            rows = compare_logits(full, logits(model, window), window, device)
+        return float(rows.kl.mean()), float(rows.agree.mean())
+
+    kl, agreement = kl_and_agreement(recipes)
+    errors = attention_errors(model, window, recipes)
+    # One layer at a time is exact but slow, so it is done for those whose attention output suffers most.
+    suspects = sorted(errors, key=lambda layer: -errors[layer])[:WORST_LAYERS]
+    alone = {layer: kl_and_agreement([r if i == layer else None for i, r in enumerate(recipes)])[0]
+             for layer in suspects}
+    worst = tuple(sorted(alone.items(), key=lambda item: -item[1]))
+    return ProbeResult(kl, agreement, len(window), worst)
+
+
+def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_name: str, plan: Sequence[KVFormat],
+                  page_size: int, tokens: int, bound: float, device: str, dtype: torch.dtype, cache_dir: Path,
+                  say: Callable[[str], None]) -> ProbeResult:
+    """The verdict, from the cache or measured now; raises UserError, one sentence, if its KL is above `bound`."""
+    path = probe_file(cache_dir, model_sha256, plan, page_size, tokens)
+    result = _cached(path)
+    if result is None:
+        say(f"probe: comparing full and quantized logits of {model_name} on {tokens} tokens, once for this plan")
+        result = probe(model_path, plan, page_size, tokens, device, dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(result)))
+    if not result.kl <= bound:
+        raise UserError(result.refusal(model_name, plan_name, bound))
+    say(f"probe: KL {result.kl:.4f} (bound {bound:g}), top-1 agreement {result.top1_agreement:.3f}")
+    return result
+
+
+def _cached(path: Path) -> ProbeResult | None:
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text())
+        return ProbeResult(**{**tree, "worst_layers": tuple(tuple(pair) for pair in tree["worst_layers"])})
+    except (ValueError, KeyError, TypeError):
+        return None  # a file of half a write or an older version is measured again
