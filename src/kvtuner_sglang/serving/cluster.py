@@ -51,7 +51,7 @@ class Cluster:
     def check(self, wait_s: float = 0.0) -> None:
         """Raise RunFailed naming the rank or node if one died or froze, now or within `wait_s` seconds."""
         if self.abort.wait(wait_s) or self.abort.is_set():
-            raise RunFailed(f"{self.abort.reason}: see {', '.join(map(str, self.log_paths))}.")
+            raise RunFailed(f"{self.abort.reason}: see {self.log_paths[0].parent}.")
 
 
 @contextlib.contextmanager
@@ -62,8 +62,7 @@ def running_cluster(config: RunConfig, checkpoint: Checkpoint, run_dir: Path, sa
     Writes commands/node<i>.sh and logs/node<i>.log under `run_dir`. Raises UserError if it cannot start, RunFailed if
     it does not become ready, is not what was asked for, or loses a rank while the block runs.
     """
-    run_dir = run_dir.resolve()
-    heartbeat_dir = run_dir / "heartbeat"
+    heartbeat_dir = run_dir.resolve() / "heartbeat"  # absolute: a node's script may be pasted anywhere
     commands = node_commands(config, checkpoint, choose_ports(config.dist), heartbeat_dir, measurement)
     write_commands(commands, run_dir / "commands")
     _clear(heartbeat_dir)
