@@ -1,0 +1,53 @@
+"""`python run.py` that cannot start: one sentence, a non-zero exit, nothing left behind."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(*overrides: str) -> str:
+    """The one line that a refused run writes to stderr."""
+    done = subprocess.run([sys.executable, "run.py", "tracking=disabled", *overrides], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60, check=False)
+    assert done.returncode not in (0, None)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("kvtuner: ")
+    assert line.endswith(".")
+    return line
+
+
+@pytest.fixture
+def busy_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("override", ["dist.http_ports=[{}]", "dist.dist_port={}"])
+def test_a_port_in_use(tmp_path: Path, busy_port: int, override: str) -> None:
+    line = refused(override.format(busy_port), f"runs_dir={tmp_path / 'runs'}")
+    assert f"port {busy_port} is in use" in line
+    assert not list((tmp_path / "runs").rglob("*"))
+
+
+def test_an_unwritable_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(f"runs_dir={tmp_path / 'file' / 'runs'}")
+
+
+def test_two_nodes_with_one_rank(tmp_path: Path) -> None:
+    line = refused("dist=tp2pp2", "dist.tp=1", "dist.pp=1", f"runs_dir={tmp_path / 'runs'}")
+    assert "cannot be shared by 2 nodes" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    line = refused("model=local", f"model.path={tmp_path / 'nothing'}", f"runs_dir={tmp_path / 'runs'}")
+    assert "nothing" in line
+    assert not (tmp_path / "runs").exists()
