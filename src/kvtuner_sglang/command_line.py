@@ -97,6 +97,9 @@ def _one_sentence(message: str) -> str:
     if start is not None:
         options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[start + 1 :])
         return f"{fault}: choose from {', '.join(options)}."
+    key = next((line.partition(": ")[2] for line in lines if line.startswith("full_key: ")), None)
+    if fault.startswith("Missing mandatory value") and key:
+        return f"{key} has no default: give {key}=VALUE."
     if fault.startswith("Could not override"):
         return f"{fault}: no such option exists; python run.py --help lists them all."
     return f"{fault}."

@@ -1,0 +1,102 @@
+"""Every option of every group composes with every other, and wrong ones are one sentence that leaves nothing behind."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtuner_sglang import command_line
+from kvtuner_sglang.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+GROUPS = ("model", "quant", "dist", "workload", "tracking")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def load(*overrides: str):
+    return command_line.load(overrides, CONF)
+
+
+PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda word: word)
+def test_every_pair_of_options_composes(one, other):
+    config = load(one, other, *(["model.path=/checkpoint"] if "model=local" in (one, other) else []))
+    for word in (one, other):
+        group, _, name = word.partition("=")
+        part = getattr(config, group)
+        assert getattr(part, "mode" if group == "tracking" else "name") == name
+
+
+@pytest.mark.parametrize("name", options("quant"))
+def test_a_quant_file_is_what_its_name_says(name):
+    quant = load(f"quant={name}").quant
+    if name == "bf16":
+        assert not quant.enabled
+        return
+    base, _, suffix = name.partition("_")
+    digits = base.replace("kv", "k").replace("v", "").replace("k", "")
+    key, value = (digits[0], digits[-1])
+    assert (quant.nbits_key, quant.nbits_value) == (int(key), int(value))
+    if suffix == "token":
+        assert quant.axis_key == 0
+
+
+def test_runs_that_can_differ_get_different_directories():
+    names = [load(*words).run_dir for words in (
+        [], ["quant=kv8"], ["dist=pp2"], ["workload=seed_report"], ["server.kv_gib=0.5"], ["seed=1"], ["quant.asym=false"],
+    )]
+    assert len(set(names)) == len(names)
+    assert load("tracking=disabled", "force=true").run_dir == load().run_dir
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    (["quant=kv3"], "choose from bf16"),
+    (["quant.nbits_key=3"], "16, 8, 4 or 2"),
+    (["quant.group_size=0"], "quant.group_size"),
+    (["quant.axis_value=1"], "axis-value"),
+    (["dist.nnodes=2"], "cannot be shared by 2 nodes"),
+    (["dist=tp2pp2", "dist.hosts=[127.0.0.1]"], "one per node"),
+    (["server.kv_gib=-1"], "server.kv_gib"),
+    (["server.context_length=100"], "server.context_length"),
+    (["foo=1"], "no such option"),
+    (["+quant.foo=1"], "quant.foo"),
+    (["model=local"], "model.path"),
+    (["task=fly"], "choose from"),
+    (["quant=kv4,kv8"], "add -m"),
+])
+def test_wrong_options_are_one_sentence(words, part, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), f"runs_dir={tmp_path / 'runs'}", *words],
+                          capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvtuner: ")
+    assert done.stderr.count("\n") == 1
+    assert part in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_job_stops_a_sweep_before_its_first_job(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", "quant=kv4,kv8", "server.kv_gib=0.5,-1",
+                           f"runs_dir={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "server.kv_gib" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_numbers_raise_for_library_users_too():
+    with pytest.raises(ConfigError, match="nnodes divides"):
+        load("dist=tp2", "dist.nnodes=3", "dist.hosts=[a,b,c]", "dist.http_ports=[0,0,0]")
+
+
+def test_help_shows_the_groups_and_an_example():
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for text in ("quant=kv4 dist=tp2pp2", "kv2_token", "seed_report", "force=true"):
+        assert text in done.stdout
