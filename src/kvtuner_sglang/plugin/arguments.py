@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from kvtuner_sglang.errors import ConfigError, UserError
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
 
@@ -20,6 +22,7 @@ TOKEN_PAGE_SIZES = (1,)
 KEY_AXIS_NAMES = ("per token", "per channel")
 CPU_MAX_RUNNING_REQUESTS = 8
 CUDA_MAX_RUNNING_REQUESTS = 64
+GRAPH_ARGUMENTS = ("cuda_graph_backend_decode", "cuda_graph_backend_prefill")
 # Arguments that a test serves quantized with, or that never come near keys and values.
 ALLOWED_ARGUMENTS = frozenset("""
     model_path tokenizer_path tokenizer_mode load_format trust_remote_code served_model_name revision
@@ -29,7 +32,7 @@ ALLOWED_ARGUMENTS = frozenset("""
     chunked_prefill_size max_prefill_tokens schedule_policy schedule_conservativeness
     random_seed stream_interval watchdog_timeout soft_watchdog_timeout decode_log_interval skip_server_warmup
     warmups disable_custom_all_reduce disable_overlap_schedule disable_radix_cache
-    grammar_backend sampling_backend attention_backend disable_cuda_graph page_size
+    grammar_backend sampling_backend attention_backend page_size
 """.split())
 
 _from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)
@@ -68,21 +71,24 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
     _check_sglang()
     for field in dataclasses.fields(cls):
         unusual = field.name in kwargs and kwargs[field.name] != _default(field)
+        if field.name in GRAPH_ARGUMENTS and kwargs.get(field.name) == "disabled":
+            continue
         if unusual and field.name not in ALLOWED_ARGUMENTS:
             raise ConfigError(f"--{field.name.replace('_', '-')} is not covered by a test with quantized keys and "
                               "values: leave it out, or give --enable-kvtuner-quant=False.")
     if kwargs.get("attention_backend") not in (None, BACKEND):
         raise ConfigError(f"--attention-backend {kwargs['attention_backend']} cannot read packed pages: leave it out, "
                           "so that kvtuner's own backend is used.")
+    on_cpu = kwargs.get("device") == "cpu" or not torch.cuda.is_available()
     changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": _page_size(kwargs, options)}
     if options.kv_format().key.per_channel and kwargs.get("max_running_requests") is None:
-        requests = CPU_MAX_RUNNING_REQUESTS if kwargs.get("device") == "cpu" else CUDA_MAX_RUNNING_REQUESTS
+        requests = CPU_MAX_RUNNING_REQUESTS if on_cpu else CUDA_MAX_RUNNING_REQUESTS
         logger.warning("kvtuner: --max-running-requests is not set; each running request keeps a page in full "
                        "precision, so it is limited to %d.", requests)
         changes["max_running_requests"] = requests
-    if kwargs.get("device") != "cpu" and not kwargs.get("disable_cuda_graph"):
+    if not on_cpu:
         logger.warning("kvtuner: the reference backend cannot be captured, so CUDA graphs are off.")
-        changes["disable_cuda_graph"] = True
+        changes |= dict.fromkeys(GRAPH_ARGUMENTS, "disabled")
     return {**kwargs, **changes}
 
 
