@@ -23,6 +23,7 @@ from kvtuner_sglang.quality.engine_process import run_engine
 from kvtuner_sglang.quality.engine_spec import Completions, EngineResult, EngineSpec
 from kvtuner_sglang.quality.prose import prose_windows
 from kvtuner_sglang.quality.recall import CODE_TOKENS, recall_items
+from kvtuner_sglang.serving.cache_folder import one_at_a_time
 from kvtuner_sglang.serving.ports import choose_ports
 
 Say = Callable[[str], None]
@@ -115,21 +116,20 @@ def reference_key(spec: EngineSpec, model_sha256: str) -> str:
 def full_precision(spec: EngineSpec, model_sha256: str, cache_dir: Path, timeout_s: float,
                    say: Say) -> tuple[Path, EngineResult]:
     """Folder of the full-precision engine's logits, and its completions; measured once, then read from `cache_dir`."""
-    folder = cache_dir / "quality" / reference_key(spec, model_sha256)
-    if (folder / "result.json").is_file():
-        say(f"full precision: from {folder}")
-        return folder, EngineResult.read(folder / "result.json")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        say("full precision: starting an engine")
-        result = run_engine(replace(spec, out_dir=str(draft), port=_free_port()), timeout_s,
-                            lambda line: say(f"full precision: {line}"))
-        shutil.rmtree(draft / "passes", ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    folder = cache_dir / reference_key(spec, model_sha256)
+    with one_at_a_time(folder.with_suffix(".lock"), lambda: say("full precision: another run measures it; waiting")):
+        if (folder / "result.json").is_file():
+            say(f"full precision: from {folder}")
+            return folder, EngineResult.read(folder / "result.json")
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
+        try:
+            say("full precision: starting an engine")
+            result = run_engine(replace(spec, out_dir=str(draft), port=_free_port()), timeout_s,
+                                lambda line: say(f"full precision: {line}"))
+            shutil.rmtree(draft / "passes", ignore_errors=True)
+            draft.replace(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder, result
 
 

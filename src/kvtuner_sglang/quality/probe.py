@@ -48,7 +48,7 @@ class ProbeResult:
 def probe_file(cache_dir: Path, model_sha256: str, plan: Sequence[KVFormat], page_size: int, tokens: int) -> Path:
     """Where the verdict on this checkpoint and plan is kept."""
     name = f"v{PROBE_VERSION}-{model_sha256[:16]}-{format_hash(plan)}-page{page_size}-{tokens}.json"
-    return cache_dir / "probe" / name
+    return cache_dir / name
 
 
 def probe(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
@@ -83,7 +83,6 @@ def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_
     if result is None:
         say(f"probe: comparing full and quantized logits of {model_name} on {tokens} tokens, once for this plan")
         result = probe(model_path, plan, page_size, tokens, device, dtype)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(result)))
     if not result.kl <= bound:
         raise UserError(result.refusal(model_name, plan_name, bound))

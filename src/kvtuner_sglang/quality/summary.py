@@ -1,0 +1,152 @@
+"""Quality records and recipe files -> one tidy CSV, and from the CSV alone two figures:
+
+    python -m kvtuner_sglang.quality.summary runs/published/quality
+
+The folder holds runs (quality-*/record.json) and recipe files (recipes-*.json); summary.csv and the figures are
+written into it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.record import RunRecord, load_record
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+COLUMNS = (
+    "model", "quant", "key_axis", "group", "effective_bits", "kl", "kl_se", "top1_agreement", "ppl", "recall",
+    "recall_se", "arithmetic", "n_tokens", "n_recall", "engine", "device", "commit",
+    # beyond the tidy minimum: what the first ones are compared with
+    "ppl_full", "recall_full", "recall_difference", "recall_difference_low", "recall_difference_high",
+    "arithmetic_full", "n_arithmetic", "dtype", "model_sha256",
+)
+OPTIONAL = ("recall_full", "recall_difference", "recall_difference_low", "recall_difference_high", "arithmetic_full")
+CSV_FILE = "summary.csv"
+FIGURES = {"kl": "KL(full || quantized), nats", "recall": "recall of 4-digit codes, share right"}
+AXES = {0: "token", 1: "channel"}
+SMALLEST_KL = 1e-7  # what a logarithmic axis shows of a format that changes nothing
+
+
+def row_of_record(record: RunRecord) -> dict[str, Any]:
+    """One run through the engine; raises UserError if it did not end well."""
+    if record.kv is None or record.model is None:
+        raise UserError(f"{record.name} is {record.status}, so it has no figures: leave it out of the folder.")
+    quant, kv = record.config["quant"], record.kv
+    mean = {name: metric.mean for name, metric in record.metrics.items()}
+    return {
+        "model": record.config["model"]["name"], "quant": quant["name"],
+        "key_axis": AXES[quant["axis_key"]] if quant["enabled"] else "none",
+        "group": (kv.page_size if quant["axis_key"] else quant["group_size"] or "head") if quant["enabled"] else "none",
+        "effective_bits": kv.effective_bits, "kl": mean["kl_nats"], "kl_se": mean.get("kl_se_nats"),
+        "top1_agreement": mean["top1_agreement"], "ppl": mean["perplexity"], "recall": mean.get("recall"),
+        "recall_se": mean.get("recall_se"), "arithmetic": mean.get("arithmetic"),
+        "n_tokens": record.metrics["kl_nats"].n, "n_recall": _n(record, "recall"), "engine": "sglang",
+        "device": ", ".join(record.environment.gpus or ()) or record.environment.cpu,
+        "commit": (record.environment.git_sha or "unknown")[:12], "ppl_full": mean["perplexity_full"],
+        **{name: mean.get(name) for name in OPTIONAL},
+        "n_arithmetic": _n(record, "arithmetic"), "dtype": record.model.dtype, "model_sha256": record.model.sha256,
+    }
+
+
+def _n(record: RunRecord, name: str) -> int:
+    return record.metrics[name].n if name in record.metrics else 0
+
+
+def rows_of_recipes(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file of quality.recipe_search."""
+    tree = json.loads(path.read_text())
+    rows = []
+    for row in tree["rows"]:
+        key = row["plan"][0]["key"]
+        kept = {name: row.get(name) for name in COLUMNS if name in row}
+        rows.append({
+            **kept, "quant": row["recipe"], "key_axis": AXES[key["axis"]],
+            "group": (key["group"] or "head") if len(row["plan"]) == 1 else "per layer", "engine": tree["engine"],
+            "device": tree["device"], "dtype": tree["dtype"], "commit": tree.get("commit", "unknown"),
+        })
+    return rows
+
+
+def summarize(folder: Path) -> "pd.DataFrame":
+    """All rows of `folder`, ordered by model, engine and bits; raises UserError if there are none."""
+    import pandas as pd
+
+    rows = [row_of_record(load_record(path.parent)) for path in sorted(folder.glob("quality-*/record.json"))]
+    for path in sorted(folder.glob("recipes-*.json")):
+        rows += rows_of_recipes(path)
+    if not rows:
+        raise UserError(f"{folder} holds no quality run and no recipe file: run task=quality first.")
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return frame.sort_values(["model", "engine", "effective_bits", "quant"], kind="stable", ignore_index=True)
+
+
+def write_summary(folder: Path) -> Path:
+    path = folder / CSV_FILE
+    summarize(folder).to_csv(path, index=False, float_format="%.6g")
+    return path
+
+
+def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
+    """`column` against effective bits, one colour a model; filled: through the engine, hollow: fake quantization."""
+    shown = frame[frame[column].notna() & (frame["effective_bits"] < 16)]
+    models = sorted(shown["model"].unique())
+    for number, model in enumerate(models):
+        for engine, face in (("sglang", f"C{number}"), ("transformers", "none")):
+            part = shown[(shown["model"] == model) & (shown["engine"] == engine)]
+            if part.empty:
+                continue
+            values = part[column].clip(lower=SMALLEST_KL) if column == "kl" else part[column]
+            ax.scatter(part["effective_bits"], values, s=22, facecolors=face, edgecolors=f"C{number}", linewidths=0.8,
+                       label=f"{model} ({engine})")
+            if engine == "sglang":
+                for x, y, name in zip(part["effective_bits"], values, part["quant"], strict=True):
+                    ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 2), fontsize=6)
+        full = frame[(frame["model"] == model) & frame["recall_full"].notna()]
+        if column == "recall" and not full.empty:
+            ax.axhline(full["recall_full"].iloc[0], color=f"C{number}", linewidth=0.6, linestyle="--")
+    if column == "kl":
+        ax.set_yscale("log")
+    ax.set_xlabel("effective bits per cached element, scales and zeros counted")
+    ax.set_ylabel(FIGURES[column])
+    ax.legend(fontsize=6)
+
+
+def write_figures(folder: Path) -> list[Path]:
+    """kl.pdf and recall.pdf (and .png) from summary.csv alone; the same CSV gives the same bytes."""
+    import matplotlib as mpl
+    import pandas as pd
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    frame = pd.read_csv(folder / CSV_FILE)
+    paths = []
+    for column in FIGURES:
+        figure, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+        draw(ax, frame, column)
+        for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+            paths.append((folder / column).with_suffix(suffix))
+            figure.savefig(paths[-1], metadata=metadata, dpi=200)
+        plt.close(figure)
+    return paths
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        sys.exit(__doc__)
+    folder = Path(arguments[0])
+    try:
+        paths = [write_summary(folder), *write_figures(folder)]
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

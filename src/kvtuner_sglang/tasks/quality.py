@@ -1,0 +1,110 @@
+"""task=quality: one format of one model against full precision, through the real engine, into a record."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
+from kvtuner_sglang.evidence import sweep, tracking
+from kvtuner_sglang.evidence.assemble import assemble, utc_now
+from kvtuner_sglang.evidence.environment import collect_environment
+from kvtuner_sglang.evidence.outcome import Outcome
+from kvtuner_sglang.evidence.record import Status, write_record
+from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.measure.memory import kv_record
+from kvtuner_sglang.quality.engine_process import engine_command, engine_environment
+from kvtuner_sglang.quality.figures import QualityFigures, describe, figures, samples
+from kvtuner_sglang.quality.measure import Quality, Subject, measure
+from kvtuner_sglang.quality.probe import ensure_probed
+from kvtuner_sglang.quant import format_hash, uniform_plan
+from kvtuner_sglang.serving.cache_folder import cache_folder
+from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
+from kvtuner_sglang.serving.commands import NodeCommand
+from kvtuner_sglang.serving.device import serving_device
+from kvtuner_sglang.tasks.run_directory import run_directory
+
+Say = Callable[[str], None]
+CHANNEL_PAGE_TOKENS = 64
+
+
+def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
+    """Measure and write the record. Bad input raises UserError and leaves nothing behind.
+
+    An engine that broke is an outcome with status failed, figures that may not count one with status invalid.
+    """
+    say(f"{config.run_dir}")
+    checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    subject = subject_of(config, checkpoint)
+    started, reason = utc_now(), None
+    status: Status = "failed"
+    found: QualityFigures | None = None
+    commands: tuple[NodeCommand, ...] = ()
+    with run_directory(config.run_dir):
+        with SampleLog(config.run_dir) as log:
+            try:
+                quality = _measure(config, subject, say)
+                _check_plan(quality, config, checkpoint)
+                for sample in samples(quality):
+                    log.append(sample)
+                found, commands = figures(quality, kv_record(quality.kvtuner, config)), (_command(quality),)
+                status = "ok"
+            except MeasurementInvalid as error:
+                status, reason = "invalid", str(error)
+            except RunFailed as error:
+                reason = str(error)
+        write_record(config.run_dir, assemble(
+            config, overrides=overrides, started=started, status=status, reason=reason,
+            environment=collect_environment(), samples=log.summary(), group=sweep.current_sweep(),
+            commands=commands, checkpoint=replace(checkpoint, dtype_name=subject.dtype), figures=found,
+        ))
+        tracking.mirror(config.run_dir)
+    if found is not None:
+        describe(found.metrics, say)
+    return Outcome(config.run_dir, status, skipped=False, reason=reason)
+
+
+def probe(config: RunConfig, say: Say) -> None:
+    """task=probe, and the first thing before a model and plan are served; raises UserError above the bound."""
+    if not config.quant.enabled:
+        return
+    checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    fmt = config.quant.kv_format()
+    device = serving_device(config.server)
+    dtype_name = config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda
+    ensure_probed(
+        model_name=config.model.name, model_path=checkpoint.path, model_sha256=checkpoint.sha256,
+        plan_name=config.quant.name, plan=uniform_plan(fmt, checkpoint.layers),
+        page_size=CHANNEL_PAGE_TOKENS if fmt.key.per_channel else 1, tokens=config.quality.probe_tokens,
+        bound=config.quality.probe_bound, device=device, dtype=getattr(torch, dtype_name),
+        cache_dir=cache_folder("probe"), say=say,
+    )
+
+
+def subject_of(config: RunConfig, checkpoint: Checkpoint) -> Subject:
+    """The checkpoint on the device and in the precision that the configuration asks for."""
+    device = serving_device(config.server)
+    own = config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda
+    dtype = own if config.quality.dtype == "model" else config.quality.dtype
+    return Subject(checkpoint.path, checkpoint.sha256, device, dtype)
+
+
+def _measure(config: RunConfig, subject: Subject, say: Say) -> Quality:
+    return measure(subject, config.quant, config.quality, seed=config.seed,
+                   chunked_prefill_tokens=config.server.chunked_prefill_tokens,
+                   work_dir=config.run_dir / "engine", cache_dir=cache_folder("quality"), say=say)
+
+
+def _check_plan(quality: Quality, config: RunConfig, checkpoint: Checkpoint) -> None:
+    asked = format_hash(uniform_plan(config.quant.kv_format(), checkpoint.layers))
+    if quality.kvtuner["plan_hash"] != asked:
+        raise MeasurementInvalid(f"the engine serves plan {quality.kvtuner['plan_hash']} instead of {asked}: "
+                                 "reinstall kvtuner-sglang.")
+
+
+def _command(quality: Quality) -> NodeCommand:
+    folder = Path(quality.spec.out_dir)
+    argv = engine_command(folder / "spec.json", folder / "result.json")
+    return NodeCommand(0, tuple(argv), engine_environment(quality.spec.device), "127.0.0.1", quality.spec.port)
