@@ -1,11 +1,13 @@
 """The prompts: right answers in them, the same for a seed, and an exact judge."""
 
+import json
 import re
+from importlib import resources
 
 import pytest
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.quality import prose
+from kvtuner_sglang.quality import arithmetic, prose
 from kvtuner_sglang.quality.arithmetic import arithmetic_items
 from kvtuner_sglang.quality.completion import CompletionItem, share_right
 from kvtuner_sglang.quality.recall import recall_items
@@ -24,8 +26,8 @@ def test_prose_is_the_excerpt_that_figures_are_quoted_for(name):
     text = prose.prose_text(name)
     assert len(text) > 15_000
     assert text.startswith("Chapter")
-    assert name in (prose.resources.files("kvtuner_sglang.quality") / "data" / "README.md").read_text()
-    assert prose.SHA256[name] in (prose.resources.files("kvtuner_sglang.quality") / "data" / "README.md").read_text()
+    assert name in (resources.files("kvtuner_sglang.quality") / "data" / "README.md").read_text()
+    assert prose.SHA256[name] in (resources.files("kvtuner_sglang.quality") / "data" / "README.md").read_text()
 
 
 def test_measured_and_calibration_text_do_not_overlap():
@@ -72,8 +74,14 @@ def test_arithmetic_is_exact_different_and_the_same_for_a_seed():
     intro, asked = items[0].prompt.rsplit("Question:", 1)
     assert intro.count("Answer:") == 8
     assert asked not in intro
-    legs = next(i for i in items if "legs" in i.prompt.rsplit("Question:", 1)[1])
-    assert "Your task" not in legs.prompt
+    with pytest.raises(UserError, match="504"):
+        arithmetic_items(505, seed=0)
+
+
+def test_arithmetic_problems_are_those_that_reasoning_gym_makes():
+    stored = json.loads((resources.files("kvtuner_sglang.quality") / "data" / "arithmetic_problems.json").read_text())
+    assert stored == arithmetic.generate()
+    assert len({question for question, _ in stored["problems"]}) == 512
 
 
 @pytest.mark.parametrize(("text", "right"), [

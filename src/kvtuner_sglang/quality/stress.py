@@ -8,6 +8,7 @@ mix channels gets a range up to 64 times too wide.
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ def write_stress_copy(source: Path, out: Path, seed: int = 0) -> Path:
         _scale_rows(state, f"model.layers.{layer}.self_attn.k_proj", scale.flatten())
         _scale_rows(state, f"model.layers.{layer}.self_attn.q_proj",
                     (1 / scale).repeat_interleave(q_heads // kv_heads, 0).flatten())
+    out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(out.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft, ignore=shutil.ignore_patterns(WEIGHTS))
@@ -66,3 +68,12 @@ def _scale_rows(state: dict[str, torch.Tensor], name: str, scale: torch.Tensor) 
         if tensor is not None:
             shape = (-1,) + (1,) * (tensor.dim() - 1)
             state[f"{name}.{kind}"] = (tensor * scale.to(tensor.dtype).view(shape)).contiguous()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m kvtuner_sglang.quality.stress CHECKPOINT_FOLDER OUT_FOLDER")
+    try:
+        write_stress_copy(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")

@@ -35,13 +35,14 @@ def check_order(logits: np.ndarray, tokens: Sequence[int], reported: Sequence[fl
     """
     if len(reported) != len(tokens) - 1:
         raise MeasurementInvalid(f"the engine reported {len(reported)} log-probabilities for {len(tokens)} tokens.")
-    worst = 0.0
+    differences = [0.0]
     for low in range(0, len(reported), 128):
         rows = logits[low : min(low + 128, len(reported))].astype(np.float64)
         shifted = rows - rows.max(-1, keepdims=True)
         chosen = np.take_along_axis(shifted, np.array(tokens[low + 1 : low + 1 + len(rows)])[:, None], -1)[:, 0]
         ours = chosen - np.log(np.exp(shifted).sum(-1))
-        worst = max(worst, float(np.abs(ours - np.array(reported[low : low + len(rows)])).max()))
+        differences.append(np.abs(ours - np.array(reported[low : low + len(rows)])).max())
+    worst = float(np.max(differences))  # a NaN stays one
     if not worst <= TOLERANCE[dtype]:
         raise MeasurementInvalid(f"logits and reported log-probabilities differ by {worst:.2g}: rows are missing or "
                                  "out of order.")
