@@ -8,7 +8,7 @@ PYTHON ?= $(or $(shell for python in .venv/bin/python python3 python3.12 python3
 	&& echo $$python && break; done),python3)
 ARGS ?=
 
-.PHONY: run test lint setup clean
+.PHONY: run test test-slow lint setup clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -16,7 +16,10 @@ run: setup
 
 test: setup
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+	.venv/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: setup
+	.venv/bin/python -m pytest -m "not gpu and slow" $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
