@@ -132,9 +132,14 @@ LIES = {
 }
 
 
+class LyingServer(ThreadingHTTPServer):
+    def handle_error(self, *_args: object) -> None:
+        """A client that gives up closes its connection: nothing to print."""
+
+
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = LyingServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -89,10 +89,11 @@ PARENT = """
     (signal.SIGHUP, ("main", "child", "session")),
     (signal.SIGKILL, ("main",)),  # nobody is left to clean up, but the node itself dies with its parent
 ])
-def test_when_the_runner_itself_is_ended(tmp_path: Path, number: signal.Signals, roles: tuple[str, ...]) -> None:
+def test_when_the_runner_itself_is_ended(tmp_path: Path, hear_ctrl_c, number: signal.Signals,
+                                         roles: tuple[str, ...]) -> None:
     stubborn = Path(__file__).with_name("stubborn.py")
     runner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PARENT), str(stubborn), str(tmp_path)],
-                              stderr=subprocess.DEVNULL)
+                              stderr=subprocess.DEVNULL, preexec_fn=hear_ctrl_c)
     deadline = time.monotonic() + 10
     while not all((tmp_path / f"{role}.pid").exists() for role in ("main", "child", "session")):
         assert time.monotonic() < deadline
