@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin import startup_check
 from kvtuner_sglang.plugin.options import options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.quant import KVFormat, KVShape
@@ -42,8 +43,11 @@ def tokens_in(budget_bytes: int, bytes_per_token: float, page_size: int, tail_by
 
 def around_profile_available_bytes(original: Callable[..., int], kvc: Any, *args: Any, **kwargs: Any) -> int:
     """--kvtuner-kv-gib, honoured for full precision too; SGLang's own figure stays the upper bound."""
-    available = original(kvc, *args, **kwargs)  # always called: it synchronizes the ranks
     options = options_of(kvc.server_args)
+    startup_check.announce(kvc)
+    available = original(kvc, *args, **kwargs)  # takes the minimum over all ranks: the barrier announce() needs
+    if options.enabled or options.kvtuner_kv_gib is not None:
+        startup_check.compare_announcements()
     gib = options.kvtuner_kv_gib
     if gib is None and options.enabled and kvc.device == "cpu":
         gib = CPU_DEFAULT_KV_GIB

@@ -1,8 +1,9 @@
 """What every rank really allocated, gathered and compared before the server says it is ready.
 
-SGLang only logs a plugin hook that fails and then serves unquantized; this check stops such a start.  The states go
-through the key-value store of torch.distributed rather than a collective, so that a rank whose node lacks the plugin
-is noticed after a bound and named.
+SGLang only logs a plugin hook that fails and then serves unquantized; this check stops such a start.  It has two
+steps, both through the key-value store of torch.distributed: before the pools are built every rank announces what it
+was asked for, and after a barrier of SGLang's own a rank that announced nothing has no plugin; once the pools exist
+every rank reports what it allocated.
 """
 
 import json
@@ -20,16 +21,34 @@ from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.quant import KVShape, format_hash
 
-GATHER_TIMEOUT_S = 20
+# Ranks may capture graphs or compile kernels for minutes before they report; one that died ends the start anyway.
+REPORT_TIMEOUT_S = 900
 GIB = 1 << 30
-SAME_ON_ALL_RANKS = ("enabled", "plan_hash", "package_version", "sglang_version", "page_size", "kv_gib", "tokens")
+ASKED_ON_ALL_RANKS = ("enabled", "plan_hash", "package_version", "sglang_version", "page_size", "kv_gib")
+SAME_ON_ALL_RANKS = (*ASKED_ON_ALL_RANKS, "tokens")
+
+
+def announce(kvc: Any) -> None:
+    """Before SGLang's barrier: say what this rank was asked for."""
+    _store().set(_key("asked", dist.get_rank()), json.dumps(_asked(kvc.server_args, kvc.model_config)))
+
+
+def compare_announcements() -> None:
+    """After the barrier: raise ConfigError at a rank that announced nothing, or something else than rank 0."""
+    store, asked = _store(), []
+    for rank in range(dist.get_world_size()):
+        if not store.check([_key("asked", rank)]):
+            raise ConfigError(f"rank {rank} runs without kvtuner-sglang: install kvtuner-sglang "
+                              f"{kvtuner_sglang.__version__} on its node, too.")
+        asked.append(json.loads(store.get(_key("asked", rank))))
+    compare(asked, ASKED_ON_ALL_RANKS)
 
 
 def after_get_init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """Add the pool's state of all ranks to what /server_info shows; stop the start if one is not as it must be."""
     with refusing_in_one_sentence():
         states = _gather(rank_state(scheduler))
-        compare(states)
+        compare(states, SAME_ON_ALL_RANKS)
     options = options_of(scheduler.server_args)
     result["kvtuner"] = _summary(scheduler, options, states)
     return result
@@ -37,8 +56,6 @@ def after_get_init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any
 
 def rank_state(scheduler: Any) -> dict[str, Any]:
     """This rank's pool as allocated; raises ConfigError if quantization is on and the pool is not ours."""
-    import sglang
-
     args = scheduler.server_args
     options = options_of(args)
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
@@ -56,40 +73,57 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
         raise ConfigError(f"keys and values take {(pool_bytes + tail_bytes) / GIB:.3f} GiB, over the byte budget of "
                           f"{budget} GiB: a hook of kvtuner-sglang did not take, so reinstall it.")
     return {
-        "rank": dist.get_rank(), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
-        "node_rank": args.node_rank, "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
+        **_asked(args, scheduler.model_config), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
+        "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
         "pool_class": type(pool).__name__, "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
-        "page_size": pool.page_size, "tokens": scheduler.max_total_num_tokens,
+        "tokens": scheduler.max_total_num_tokens,
         "pool_bytes": pool_bytes, "tail_bytes": tail_bytes,
         "bytes_per_token": shape.bytes_per_token(local),
         "bytes_per_token_full": pool.layer_num * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
-        "enabled": options.enabled, "plan_hash": format_hash(plan), "kv_gib": options.kvtuner_kv_gib,
-        "package_version": kvtuner_sglang.__version__, "sglang_version": sglang.__version__,
+    }
+
+
+def _asked(server_args: Any, model_config: Any) -> dict[str, Any]:
+    """What one rank was asked for, and by which versions."""
+    import sglang
+
+    options = options_of(server_args)
+    return {
+        "rank": dist.get_rank(), "node_rank": server_args.node_rank, "enabled": options.enabled,
+        "plan_hash": format_hash(options.plan(model_config.num_hidden_layers)), "page_size": server_args.page_size,
+        "kv_gib": options.kvtuner_kv_gib, "package_version": kvtuner_sglang.__version__,
+        "sglang_version": sglang.__version__,
     }
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
     """States of all ranks in rank order; raises ConfigError naming a rank that does not report in time."""
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  torch has no public name for it
-    store.set(f"kvtuner/{state['rank']}", json.dumps(state))
+    store = _store()
+    store.set(_key("pool", state["rank"]), json.dumps(state))
     states = []
     for rank in range(dist.get_world_size()):
-        key = f"kvtuner/{rank}"
         try:
-            store.wait([key], timedelta(seconds=GATHER_TIMEOUT_S))
+            store.wait([_key("pool", rank)], timedelta(seconds=REPORT_TIMEOUT_S))
         except dist.DistError as error:
-            raise ConfigError(f"rank {rank} reported no pool within {GATHER_TIMEOUT_S} s: install kvtuner-sglang "
-                              f"{kvtuner_sglang.__version__} on its node, too.") from error
-        states.append(json.loads(store.get(key)))
+            raise ConfigError(f"rank {rank} reported no pool within {REPORT_TIMEOUT_S} s: look at its log.") from error
+        states.append(json.loads(store.get(_key("pool", rank))))
     return states
 
 
-def compare(states: list[dict[str, Any]]) -> None:
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  torch has no public name for it
+
+
+def _key(step: str, rank: int) -> str:
+    return f"kvtuner/{step}/{rank}"
+
+
+def compare(states: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     """Raise ConfigError at the first rank that differs from rank 0 in what must be equal everywhere."""
     first = states[0]
     for state in states[1:]:
-        for name in SAME_ON_ALL_RANKS:
+        for name in names:
             if state[name] != first[name]:
                 raise ConfigError(
                     f"rank {state['rank']} on node {state['node_rank']} has {name} {state[name]!r} but rank 0 has "
