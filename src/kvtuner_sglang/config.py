@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat, TensorFormat
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -137,12 +138,13 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve"]
+    task: Literal["serve", "quality", "probe"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
     server: ServerConfig
     workload: WorkloadConfig
+    quality: QualityConfig
     tracking: TrackingConfig
     report: ReportConfig
     seed: int
@@ -155,12 +157,15 @@ class RunConfig:
     @property
     def config_hash(self) -> str:
         """Ten hex digits over all that can change a result: not where it is written, tracked or whether it is forced."""
-        kept = {k: v for k, v in self.to_dict().items() if k not in ("force", "runs_dir", "tracking", "report")}
+        other_task = "workload" if self.task == "quality" else "quality"
+        left_out = ("force", "runs_dir", "tracking", "report", other_task)
+        kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
-        return f"{self.task}-{self.model.name}-{self.quant.name}-{self.dist.name}-{self.workload.name}"
+        load = self.quality.name if self.task == "quality" else self.workload.name
+        return f"{self.task}-{self.model.name}-{self.quant.name}-{self.dist.name}-{load}"
 
     @property
     def run_dir(self) -> Path:
@@ -201,6 +206,11 @@ def check(config: RunConfig) -> None:
     if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
         raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
     quant.kv_format()
+    if config.quality.window_tokens >= config.quality.context_length:
+        raise ConfigError(f"quality.window_tokens={config.quality.window_tokens} does not fit "
+                          f"quality.context_length={config.quality.context_length}: make the window shorter.")
+    if config.task == "quality" and dist.ranks > 1:
+        raise ConfigError("task=quality measures on one rank: choose dist=single.")
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:

@@ -33,10 +33,12 @@ def refusal(model: str, *words: str) -> str:
 
 def test_quantization_brings_its_own_backend_and_page(llama):
     args = start(llama, *QUANTIZED)
-    assert (args.attention_backend, args.page_size, options_of(args).enabled) == ("kvtuner", 1, True)
-    paged = start(llama, *QUANTIZED, "--kvtuner-axis-key", "1")
-    assert (paged.page_size, paged.max_running_requests) == (64, 8)
-    assert start(llama, *QUANTIZED, "--kvtuner-axis-key", "1", "--page-size", "128").page_size == 128
+    assert (args.attention_backend, args.page_size, args.max_running_requests) == ("kvtuner", 64, 8)
+    assert options_of(args).kv_format().key.per_channel
+    assert start(llama, *QUANTIZED, "--page-size", "128").page_size == 128
+    assert start(llama, *QUANTIZED, "--max-running-requests", "3").max_running_requests == 3
+    token = start(llama, *QUANTIZED, "--kvtuner-axis-key", "0")
+    assert (token.page_size, token.max_running_requests) == (1, None)
 
 
 def test_without_quantization_sglang_is_left_alone(llama):
@@ -73,7 +75,7 @@ def test_an_architecture_that_no_test_covers_is_refused(tmp_path):
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused(llama):
-    sentence = refusal(llama, *QUANTIZED, "--kvtuner-q-group-size", "24")
+    sentence = refusal(llama, *QUANTIZED, "--kvtuner-axis-key", "0", "--kvtuner-q-group-size", "24")
     assert "24" in sentence
     assert "head_dim 32" in sentence
 

@@ -22,7 +22,7 @@ class KvtunerOptions:
     enable_kvtuner_quant: bool = False
     kvtuner_nbits_key: int = 4
     kvtuner_nbits_value: int = 4
-    kvtuner_axis_key: int = 0
+    kvtuner_axis_key: int = 1
     kvtuner_axis_value: int = 0
     kvtuner_q_group_size: int | None = None
     kvtuner_asym: bool = True
@@ -90,8 +90,9 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     bits = {"type": int, "choices": [16, 8, 4, 2], "default": 4}
     group.add_argument("--kvtuner-nbits-key", **bits, help="Bits of keys; 16 keeps the model's precision. Default: 4.")
     group.add_argument("--kvtuner-nbits-value", **bits, help="Bits of values, like keys. Default: 4.")
-    group.add_argument("--kvtuner-axis-key", type=int, choices=[0, 1], default=0,
-                       help="0: one scale per token and group of channels; 1: one per channel over a page of tokens.")
+    group.add_argument("--kvtuner-axis-key", type=int, choices=[0, 1], default=1,
+                       help="1: one scale per channel over a page of tokens; 0: one per token and group of channels, "
+                            "which breaks models with outlier keys. Default: 1.")
     group.add_argument("--kvtuner-axis-value", type=int, choices=[0], default=0, help="Values: per token only.")
     group.add_argument("--kvtuner-q-group-size", type=int, default=None,
                        help="Channels that share a scale on axis 0; must divide head_dim. Default: the whole head.")

@@ -27,16 +27,17 @@ def engine_environment(device: str) -> dict[str, str]:
     return {"SGLANG_IS_FLASHINFER_AVAILABLE": "false"}  # not needed, and it would compile for a minute
 
 
-def run_engine(spec: EngineSpec, timeout_s: float, say: Callable[[str], None]) -> EngineResult:
-    """Run engine_run on `spec` and read its result.
+def run_engine(spec: EngineSpec, timeout_s: float, log_path: Path, say: Callable[[str], None]) -> EngineResult:
+    """Run engine_run on `spec` and read its result; `log_path` gets all that SGLang says.
 
     Raises MeasurementInvalid with the process's own sentence, or RunFailed naming its log, if it does not end well
     within `timeout_s`. No process of it is left, however this returns.
     """
     folder = Path(spec.out_dir)
-    spec_path, result_path, log_path = (folder / name for name in ("spec.json", "result.json", "engine.log"))
+    spec_path, result_path = folder / "spec.json", folder / "result.json"
     spec.write(spec_path)
     result_path.unlink(missing_ok=True)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w") as log:
         process = subprocess.Popen(
             engine_command(spec_path, result_path), stdout=subprocess.PIPE, stderr=log, text=True,

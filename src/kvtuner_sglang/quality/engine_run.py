@@ -27,9 +27,9 @@ def say(line: str) -> None:
 
 def start(spec: EngineSpec, logits_dir: Path) -> Any:
     """The engine; raises whatever SGLang raises."""
-    import sglang
+    from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
-    class Engine(sglang.Engine):
+    class Engine(SglangEngine):
         """Exactly sglang.Engine, but for float32 on a GPU."""
 
     arguments: dict[str, Any] = {"disable_overlap_schedule": True}  # no pass beyond the last token asked for

@@ -113,7 +113,7 @@ def reference_key(spec: EngineSpec, model_sha256: str) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def full_precision(spec: EngineSpec, model_sha256: str, cache_dir: Path, timeout_s: float,
+def full_precision(spec: EngineSpec, model_sha256: str, cache_dir: Path, timeout_s: float, log_path: Path,
                    say: Say) -> tuple[Path, EngineResult]:
     """Folder of the full-precision engine's logits, and its completions; measured once, then read from `cache_dir`."""
     folder = cache_dir / reference_key(spec, model_sha256)
@@ -124,7 +124,7 @@ def full_precision(spec: EngineSpec, model_sha256: str, cache_dir: Path, timeout
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
         try:
             say("full precision: starting an engine")
-            result = run_engine(replace(spec, out_dir=str(draft), port=_free_port()), timeout_s,
+            result = run_engine(replace(spec, out_dir=str(draft), port=_free_port()), timeout_s, log_path,
                                 lambda line: say(f"full precision: {line}"))
             shutil.rmtree(draft / "passes", ignore_errors=True)
             draft.replace(folder)
@@ -141,11 +141,12 @@ def measure(subject: Subject, quant: QuantConfig, config: QualityConfig, *, seed
     """
     prompts = build_prompts(subject.model_path, config, seed)
     plain = engine_spec(subject, prompts, config, {"kvtuner_kv_gib": config.kv_gib}, seed, chunked_prefill_tokens)
-    reference_dir, reference = full_precision(plain, subject.model_sha256, cache_dir, config.timeout_s, say)
+    reference_dir, reference = full_precision(plain, subject.model_sha256, cache_dir, config.timeout_s,
+                                              work_dir / "full_precision.log", say)
     spec = replace(plain, plugin=plugin_keywords(quant, config.kv_gib, kv_noise), out_dir=str(work_dir),
                    reference_dir=str(reference_dir), port=_free_port())
     say(f"{quant.name}: starting an engine")
-    result = run_engine(spec, config.timeout_s, lambda line: say(f"{quant.name}: {line}"))
+    result = run_engine(spec, config.timeout_s, work_dir / "quantized.log", lambda line: say(f"{quant.name}: {line}"))
     shutil.rmtree(work_dir / "passes", ignore_errors=True)
     rows = [TokenRows(**{name: np.array(column, dtype=np.float64) for name, column in row.items()})
             for row in result.rows]

@@ -15,6 +15,15 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
             say(f"{config.run_dir}: finished at {record.ended}, skipped; force=true repeats it")
             return Outcome(config.run_dir, record.status, skipped=True, reason=None)
     # Imported here: a sweep whose jobs are all finished must not wait for SGLang's imports.
+    if config.task == "quality":
+        from kvtuner_sglang.tasks import quality
+
+        return quality.run(config, overrides, say)
+    if config.task == "probe":
+        from kvtuner_sglang.tasks import quality
+
+        quality.probe(config, say)
+        return Outcome(config.run_dir, "ok", skipped=False, reason=None)
     from kvtuner_sglang.tasks import serve
 
     return serve.run(config, overrides, say)

@@ -63,6 +63,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
         tracking.mirror(config.run_dir)
     if found is not None:
         describe(found.metrics, say)
+    else:
+        say(f"  {status}: {reason}")
     return Outcome(config.run_dir, status, skipped=False, reason=reason)
 
 
