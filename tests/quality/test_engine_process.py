@@ -24,7 +24,8 @@ def run(monkeypatch, tmp_path, script, timeout_s=30.0):
     monkeypatch.setattr(engine_process, "engine_command",
                         lambda spec, result: [sys.executable, "-c", script, str(spec), str(result)])
     said: list[str] = []
-    result = engine_process.run_engine(replace(SPEC, out_dir=str(tmp_path)), timeout_s, said.append)
+    spec = replace(SPEC, out_dir=str(tmp_path))
+    result = engine_process.run_engine(spec, timeout_s, tmp_path / "engine.log", said.append)
     return result, said
 
 
@@ -94,7 +95,7 @@ def _alive(pid):
 def test_full_precision_is_measured_once_for_what_it_depends_on(monkeypatch, tmp_path):
     ran = []
 
-    def engine(spec, timeout_s, say):
+    def engine(spec, timeout_s, log_path, say):
         ran.append(spec)
         result = EngineResult({}, {"recall": ["1"]}, [])
         result.write(Path(spec.out_dir) / "result.json")
@@ -104,7 +105,7 @@ def test_full_precision_is_measured_once_for_what_it_depends_on(monkeypatch, tmp
     (tmp_path / "cache").mkdir()
 
     def ask(spec, sha="a"):
-        return measure.full_precision(spec, sha, tmp_path / "cache", 1.0, lambda line: None)[0]
+        return measure.full_precision(spec, sha, tmp_path / "cache", 1.0, tmp_path / "log", lambda line: None)[0]
 
     first = ask(SPEC)
     assert ask(replace(SPEC, model_path="/elsewhere", out_dir="/x", port=1)) == first

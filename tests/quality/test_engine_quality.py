@@ -44,7 +44,7 @@ class Engines:
                 max_running_requests=2, chunked_prefill_tokens=chunk, seed=0, windows=[self.window], completions={},
                 out_dir=str(out), reference_dir=None, port=0,
             )
-            run_engine(spec, 900.0, lambda line: None)
+            run_engine(spec, 900.0, out / "engine.log", lambda line: None)
         return np.load(window_file(out, 0), mmap_mode="r")
 
     def compare(self, full: np.ndarray, other: np.ndarray) -> TokenRows:
