@@ -32,7 +32,7 @@ ALLOWED_ARGUMENTS = frozenset("""
     chunked_prefill_size max_prefill_tokens schedule_policy schedule_conservativeness
     random_seed stream_interval watchdog_timeout soft_watchdog_timeout decode_log_interval skip_server_warmup
     warmups disable_custom_all_reduce disable_overlap_schedule disable_radix_cache
-    grammar_backend sampling_backend attention_backend page_size
+    grammar_backend sampling_backend attention_backend page_size disable_cuda_graph
 """.split())
 
 _from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)
