@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 def convert(source: Path, folder: Path) -> None:
     """Write config, tokenizer and `model.safetensors` (float32, with its own lm_head) of `source` into `folder`."""
     # transformers parses the same file three times and rebuilds one table for every module: 25 of 40 seconds.
-    gguf.GGUFReader = cache(gguf.GGUFReader)
-    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, slow, cache(getattr(gguf, slow)))
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**place)
