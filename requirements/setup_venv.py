@@ -156,7 +156,7 @@ def build(lock: Path, wanted: dict[str, str]) -> None:
     started, log = time.monotonic(), VENV / "setup.log"
     tools, torch, groups = split(lock)
     count = sum(map(len, groups)) + len(tools) + 1
-    say(started, f"new .venv from requirements/{lock.name}: {count} packages, about 2 minutes on 2 idle cores")
+    say(started, f"new .venv from requirements/{lock.name}: {count} packages, 2 to 4 minutes on 2 cores")
     shutil.rmtree(VENV, ignore_errors=True)
     # Not sys.executable: that may be the very .venv which has just been removed.
     python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
