@@ -41,7 +41,7 @@ class Engines:
             spec = EngineSpec(
                 model_path=str(self.model_path), device="cpu", dtype="float32",
                 plugin=plugin_keywords(config.quant, KV_GIB, noise), page_size=None, context_length=2048,
-                max_running_requests=2, chunked_prefill_tokens=chunk, seed=0, windows=[self.window], completions={},
+                max_running_requests=2, chunked_prefill_tokens=chunk, seed=0, windows=[self.window], questions={},
                 out_dir=str(out), reference_dir=None, port=0,
             )
             run_engine(spec, 900.0, out / "engine.log", lambda line: None)

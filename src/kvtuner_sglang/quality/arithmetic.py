@@ -18,7 +18,6 @@ from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.quality.completion import CompletionItem
 
 SHOTS = 8
-ANSWER_TOKENS = 8
 PROBLEMS = 512
 GENERATION_SEED = 20261122
 LONGEST_QUESTION = 260  # characters: small models answer none of the long ones

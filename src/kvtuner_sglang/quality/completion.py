@@ -1,4 +1,4 @@
-"""One prompt with one right answer, completed greedily and compared exactly."""
+"""One prompt with one right answer, compared exactly with what greedy decoding would write."""
 
 import re
 from collections.abc import Sequence

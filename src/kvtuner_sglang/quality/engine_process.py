@@ -20,11 +20,12 @@ def engine_command(spec_path: Path, result_path: Path) -> list[str]:
 
 def engine_environment(device: str) -> dict[str, str]:
     """What is added to the environment of the process."""
+    added = {"SGLANG_LOGPROB_CHUNK_SIZE": "512"}  # rows of logits at once: a whole window would take gigabytes
     if device == "cpu":
         from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
 
-        return cpu_server_environment(1, 1, 0, interface="lo")
-    return {"SGLANG_IS_FLASHINFER_AVAILABLE": "false"}  # not needed, and it would compile for a minute
+        return added | cpu_server_environment(1, 1, 0, interface="lo")
+    return added | {"SGLANG_IS_FLASHINFER_AVAILABLE": "false"}  # not needed, and it would compile for a minute
 
 
 def run_engine(spec: EngineSpec, timeout_s: float, log_path: Path, say: Callable[[str], None]) -> EngineResult:

@@ -15,9 +15,10 @@ import numpy as np
 from kvtuner_sglang.errors import MeasurementInvalid, UserError
 from kvtuner_sglang.quality import window_logits
 from kvtuner_sglang.quality.compare import TokenRows, compare_logits
-from kvtuner_sglang.quality.engine_spec import Completions, EngineResult, EngineSpec, window_file
+from kvtuner_sglang.quality.engine_spec import EngineResult, EngineSpec, Questions, window_file
 
 PROGRESS_S = 10.0
+PROSE_FILE = "prose.json"
 
 
 def say(line: str) -> None:
@@ -77,20 +78,36 @@ def as_lists(rows: TokenRows) -> dict[str, list[float | None]]:
     return {name: [None if np.isnan(x) else float(f"{x:.6g}") for x in column] for name, column in columns.items()}
 
 
-def complete(engine: Any, name: str, asked: Completions, spec: EngineSpec, logits_dir: Path) -> list[str]:
-    """Greedy completions in the order of the prompts."""
+def ask(engine: Any, name: str, asked: Questions, spec: EngineSpec, logits_dir: Path) -> list[str]:
+    """What greedy decoding would write, judged along the right answer: one prefill of prompt and answer.
+
+    By the visibility rule a prefill reads what decoding reads, so decoding writes the right answer exactly when the
+    most likely token at each of its positions is the answer's own; the position after it shows whether it ends there.
+    """
+    tokenizer = engine.tokenizer_manager.tokenizer
     texts: list[str] = []
     last_said = time.monotonic()
-    prompts = iter(asked.input_ids)
-    while batch := list(itertools.islice(prompts, 4 * spec.max_running_requests)):
-        answers = engine.generate(input_ids=batch,
-                                  sampling_params={"max_new_tokens": asked.new_tokens, "temperature": 0.0})
-        texts += [answer["text"] for answer in answers]
+    pairs = iter(zip(asked.prompts, asked.answers, strict=True))
+    while batch := list(itertools.islice(pairs, 4 * spec.max_running_requests)):
+        answers = engine.generate(
+            input_ids=[prompt + answer for prompt, answer in batch],
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0}, return_logprob=True,
+            logprob_start_len=[len(prompt) - 1 for prompt, _ in batch], top_logprobs_num=1,
+        )
+        texts += [tokenizer.decode(likeliest(got, len(right))) for got, (_, right) in zip(answers, batch, strict=True)]
         window_logits.clear(logits_dir)  # every pass writes there
         if time.monotonic() - last_said > PROGRESS_S:
             last_said = time.monotonic()
-            say(f"{name}: {len(texts)} of {len(asked.input_ids)}")
+            say(f"{name}: {len(texts)} of {len(asked.prompts)}")
     return texts
+
+
+def likeliest(got: dict[str, Any], answer_tokens: int) -> list[int]:
+    """The most likely token at each of the answer's positions and at the one after; raises MeasurementInvalid."""
+    top = got["meta_info"]["input_top_logprobs"][1:]  # the first entry belongs to the prompt and is empty
+    if len(top) != answer_tokens:
+        raise MeasurementInvalid(f"the engine reported {len(top)} positions of an answer of {answer_tokens} tokens.")
+    return [position[0][1] for position in top] + list(got["output_ids"][:1])
 
 
 def run(spec: EngineSpec) -> EngineResult:
@@ -115,14 +132,16 @@ def run(spec: EngineSpec) -> EngineResult:
             rows.append(measure_window(engine, spec, number, logits_dir))
             timed("prose", begin)
             say(f"window {number + 1} of {len(spec.windows)}: {len(spec.windows[number])} tokens")
+        rows = [r for r in rows if r]
+        EngineResult(kvtuner, {}, rows, seconds).write(Path(spec.out_dir) / PROSE_FILE)  # if the rest is cut off
         texts = {}
-        for name, asked in spec.completions.items():
+        for name, asked in spec.questions.items():
             begin = time.monotonic()
-            texts[name] = complete(engine, name, asked, spec, logits_dir)
+            texts[name] = ask(engine, name, asked, spec, logits_dir)
             timed(name, begin)
     finally:
         engine.shutdown()
-    return EngineResult(kvtuner, texts, [r for r in rows if r], seconds)
+    return EngineResult(kvtuner, texts, rows, seconds)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from kvtuner_sglang.errors import UserError
 
 
 @dataclass(frozen=True)
-class Completions:
-    """Prompts as token ids that are completed greedily by exactly `new_tokens` tokens or until the model ends."""
+class Questions:
+    """Prompts and their right answers as token ids, in the same order."""
 
-    input_ids: list[list[int]]
-    new_tokens: int
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class EngineSpec:
     chunked_prefill_tokens: int
     seed: int
     windows: list[list[int]]
-    completions: dict[str, Completions]
+    questions: dict[str, Questions]
     out_dir: str
     reference_dir: str | None
     port: int
@@ -48,15 +48,17 @@ class EngineSpec:
     @staticmethod
     def read(path: Path) -> "EngineSpec":
         tree = json.loads(path.read_text())
-        tree["completions"] = {name: Completions(**c) for name, c in tree["completions"].items()}
+        tree["questions"] = {name: Questions(**q) for name, q in tree["questions"].items()}
         return EngineSpec(**tree)
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """kvtuner: the part of that name in the engine's server info. texts: completions in the order of the prompts.
+    """kvtuner: the part of that name in the engine's server info.
 
-    rows: per window the lists kl, agree, nll_full, nll (empty for an engine in full precision); the last nll of a
+    texts: by question set, in the order of the prompts, the most likely token at every position of the right answer
+    and at the one after it, decoded.  rows: per window the lists kl, agree, nll_full, nll (empty for an engine in full
+    precision); the last nll of a window is null.
     """
 
     kvtuner: dict[str, Any]

@@ -14,15 +14,16 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from kvtuner_sglang.config import DistConfig, QuantConfig
+from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.plugin.options import KvtunerOptions
-from kvtuner_sglang.quality.arithmetic import ANSWER_TOKENS, arithmetic_items
+from kvtuner_sglang.quality.arithmetic import arithmetic_items
 from kvtuner_sglang.quality.compare import TokenRows
 from kvtuner_sglang.quality.completion import CompletionItem, share_right
 from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quality.engine_process import run_engine
-from kvtuner_sglang.quality.engine_spec import Completions, EngineResult, EngineSpec
+from kvtuner_sglang.quality.engine_spec import EngineResult, EngineSpec, Questions
 from kvtuner_sglang.quality.prose import prose_windows
-from kvtuner_sglang.quality.recall import CODE_TOKENS, recall_items
+from kvtuner_sglang.quality.recall import recall_items
 from kvtuner_sglang.serving.cache_folder import one_at_a_time
 from kvtuner_sglang.serving.ports import choose_ports
 
@@ -47,12 +48,12 @@ class Prompts:
 
     windows: list[list[int]]
     items: dict[str, list[CompletionItem]]
-    completions: dict[str, Completions]
+    questions: dict[str, Questions]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured. `right`, `right_full`: by name, item by item. `texts`: completions of the quantized engine."""
+    """What was measured. `right`, `right_full`: by name, item by item. `texts`: what the quantized engine answered."""
 
     rows: list[TokenRows]
     prompts: Prompts
@@ -68,16 +69,22 @@ def build_prompts(model_path: Path, config: QualityConfig, seed: int) -> Prompts
     """The same for every format, device and precision of a model; raises UserError if the prose is too short."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     items: dict[str, list[CompletionItem]] = {}
-    new_tokens = {"recall": CODE_TOKENS, "arithmetic": ANSWER_TOKENS}
     if config.recall_items:
         items["recall"] = recall_items(config.recall_items, seed)
     if config.arithmetic_items:
         items["arithmetic"] = arithmetic_items(config.arithmetic_items, seed)
-    completions = {
-        name: Completions([tokenizer.encode(item.prompt, add_special_tokens=False) for item in some], new_tokens[name])
-        for name, some in items.items()
-    }
-    return Prompts(prose_windows(tokenizer, config.prose_tokens, config.window_tokens), items, completions)
+    questions = {name: _questions(tokenizer, some) for name, some in items.items()}
+    return Prompts(prose_windows(tokenizer, config.prose_tokens, config.window_tokens), items, questions)
+
+
+def _questions(tokenizer: Any, items: list[CompletionItem]) -> Questions:
+    prompts = [tokenizer.encode(item.prompt, add_special_tokens=False) for item in items]
+    whole = [tokenizer.encode(f"{item.prompt} {item.answer}", add_special_tokens=False) for item in items]
+    for prompt, both in zip(prompts, whole, strict=True):
+        if both[: len(prompt)] != prompt:
+            raise UserError("this tokenizer joins a prompt and its answer into one token: recall and arithmetic cannot "
+                            "be judged, so set quality.recall_items=0 quality.arithmetic_items=0.")
+    return Questions(prompts, [both[len(prompt):] for prompt, both in zip(prompts, whole, strict=True)])
 
 
 def plugin_keywords(quant: QuantConfig, kv_gib: float, kv_noise: float = 0.0) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def engine_spec(subject: Subject, prompts: Prompts, config: QualityConfig, plugi
         model_path=str(subject.model_path), device=subject.device, dtype=subject.dtype, plugin=plugin, page_size=None,
         context_length=config.context_length, max_running_requests=config.batch,
         chunked_prefill_tokens=chunked_prefill_tokens, seed=seed, windows=prompts.windows,
-        completions=prompts.completions, out_dir="", reference_dir=None, port=0,
+        questions=prompts.questions, out_dir="", reference_dir=None, port=0,
     )
 
 
@@ -115,7 +122,7 @@ def reference_key(spec: EngineSpec, model_sha256: str) -> str:
 
 def full_precision(spec: EngineSpec, model_sha256: str, cache_dir: Path, timeout_s: float, log_path: Path,
                    say: Say) -> tuple[Path, EngineResult]:
-    """Folder of the full-precision engine's logits, and its completions; measured once, then read from `cache_dir`."""
+    """Folder of the full-precision engine's logits, and its answers; measured once, then read from `cache_dir`."""
     folder = cache_dir / reference_key(spec, model_sha256)
     with one_at_a_time(folder.with_suffix(".lock"), lambda: say("full precision: another run measures it; waiting")):
         if (folder / "result.json").is_file():

@@ -25,7 +25,6 @@ FILLER = (
 )
 THINGS = 12
 FILLER_SENTENCES = 14
-CODE_TOKENS = 6  # a space, four digits and one more, so that a longer number is seen to be wrong
 
 
 def recall_items(count: int, seed: int) -> list[CompletionItem]:

@@ -8,6 +8,7 @@ session that runs out of minutes stops its jobs, reports what is there and exits
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[3]
 POLL_S = 0.5
 OUT_OF_TIME = 3
 PUBLISHED = ("record.json", "requests.jsonl")
+CUT_OFF = "engine/prose.json"  # of a run that was stopped after its prose
 
 
 @dataclass
@@ -116,12 +118,24 @@ def table(found: list[RunRecord]) -> str:
     return "\n".join(lines)
 
 
+def cut_off(runs: Path) -> list[str]:
+    """One line for every run that was stopped after its prose."""
+    lines = []
+    for path in sorted(runs.glob(f"quality-*/{CUT_OFF}")):
+        if not (path.parents[1] / PUBLISHED[0]).is_file():
+            rows = json.loads(path.read_text())["rows"]
+            kl = [x for row in rows for x in row["kl"]]
+            if kl:
+                lines.append(f"cut off after its prose: {path.parents[1].name} KL {sum(kl) / len(kl):.4f}")
+    return lines
+
+
 def pack(out: Path) -> Path:
     """What a publication needs of every run, and the logs, as one small archive."""
     archive = out / "quality.tar.xz"
     with tarfile.open(archive, "w:xz") as tar:
         for folder in sorted((out / "runs").glob("quality-*")):
-            for name in PUBLISHED:
+            for name in PUBLISHED if (folder / PUBLISHED[0]).is_file() else (CUT_OFF,):
                 if (folder / name).is_file():
                     tar.add(folder / name, f"{folder.name}/{name}")
         for log in sorted(out.glob("*.log")):
@@ -138,7 +152,7 @@ def main(arguments: argparse.Namespace) -> int:
         if job.process is None or job.process.returncode != 0:
             lines = job.log.read_text(errors="replace").splitlines()[-6:] if job.log.exists() else ["never started"]
             _say("\n".join([f"--- {job.name}", *lines]))
-    _say(table(records(out / "runs")))
+    _say("\n".join([table(records(out / "runs")), *cut_off(out / "runs")]))
     _say(f"{pack(out)}")
     if not in_time:
         return OUT_OF_TIME
