@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.environment import collect_environment
+from kvtuner_sglang.evidence.record import write_atomically
 from kvtuner_sglang.quality.allocation import allocate, sensitivities
 from kvtuner_sglang.quality.compare import TokenRows, block_mean, compare_logits, paired_difference, share
 from kvtuner_sglang.quality.prose import CALIBRATION, prose_windows
@@ -99,16 +101,17 @@ def search(arguments: argparse.Namespace) -> None:
         begin = time.monotonic()
         plans |= bench.searched_plans()
         _say(f"plans per layer found in {time.monotonic() - begin:.0f} s")
-    rows = []
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    found = {"engine": "transformers", "device": _device_name(arguments.device), "dtype": "float32",
+             "seed": arguments.seed, "torch": torch.__version__, "commit": collect_environment().git_sha, "rows": rows}
     for name, plan in plans.items():
         row = {"model": arguments.name, **bench.row(name, plan)}
         rows.append(row)
         _say(f"{arguments.name:14s} {name:34s} {row['effective_bits']:6.3f} KL {row['kl']:.4f} +- {row['kl_se']:.4f} "
              f"top-1 {row['top1_agreement']:.3f} ppl {row['ppl']:.2f} recall {row['recall']:.3f}")
-    out = {"engine": "transformers", "device": _device_name(arguments.device), "dtype": "float32",
-           "seed": arguments.seed, "torch": torch.__version__, "rows": rows}
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(json.dumps(out, indent=1))
+        write_atomically(out, json.dumps(found, indent=1))  # every row, should the rest be cut off
 
 
 def _device_name(device: str) -> str:

@@ -68,7 +68,7 @@ def rows_of_recipes(path: Path) -> list[dict[str, Any]]:
         rows.append({
             **kept, "quant": row["recipe"], "key_axis": AXES[key["axis"]],
             "group": (key["group"] or "head") if len(row["plan"]) == 1 else "per layer", "engine": tree["engine"],
-            "device": tree["device"], "dtype": tree["dtype"], "commit": tree.get("commit", "unknown"),
+            "device": tree["device"], "dtype": tree["dtype"], "commit": (tree["commit"] or "unknown")[:12],
         })
     return rows
 
