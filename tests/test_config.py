@@ -50,31 +50,48 @@ def test_a_quant_file_is_what_its_name_says(name):
 
 
 def test_runs_that_can_differ_get_different_directories():
-    names = [load(*words).run_dir for words in (
-        [], ["quant=kv8"], ["dist=pp2"], ["workload=seed_report"], ["server.kv_gib=0.5"], ["seed=1"], ["quant.asym=false"],
-    )]
+    names = [
+        load(*words).run_dir
+        for words in (
+            [],
+            ["quant=kv8"],
+            ["dist=pp2"],
+            ["workload=seed_report"],
+            ["server.kv_gib=0.5"],
+            ["seed=1"],
+            ["quant.asym=false"],
+        )
+    ]
     assert len(set(names)) == len(names)
     assert load("tracking=disabled", "force=true").run_dir == load().run_dir
 
 
-@pytest.mark.parametrize(("words", "part"), [
-    (["quant=kv3"], "choose from bf16"),
-    (["quant.nbits_key=3"], "16, 8, 4 or 2"),
-    (["quant.group_size=0"], "quant.group_size"),
-    (["quant.axis_value=1"], "axis-value"),
-    (["dist.nnodes=2"], "cannot be shared by 2 nodes"),
-    (["dist=tp2pp2", "dist.hosts=[127.0.0.1]"], "one per node"),
-    (["server.kv_gib=-1"], "server.kv_gib"),
-    (["server.context_length=100"], "server.context_length"),
-    (["foo=1"], "no such option"),
-    (["+quant.foo=1"], "quant.foo"),
-    (["model=local"], "model.path"),
-    (["task=fly"], "choose from"),
-    (["quant=kv4,kv8"], "add -m"),
-])
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["quant=kv3"], "choose from bf16"),
+        (["quant.nbits_key=3"], "16, 8, 4 or 2"),
+        (["quant.group_size=0"], "quant.group_size"),
+        (["quant.axis_value=1"], "axis-value"),
+        (["dist.nnodes=2"], "cannot be shared by 2 nodes"),
+        (["dist=tp2pp2", "dist.hosts=[127.0.0.1]"], "one per node"),
+        (["server.kv_gib=-1"], "server.kv_gib"),
+        (["server.context_length=100"], "server.context_length"),
+        (["foo=1"], "no such option"),
+        (["+quant.foo=1"], "quant.foo"),
+        (["model=local"], "model.path"),
+        (["task=fly"], "choose from"),
+        (["quant=kv4,kv8"], "add -m"),
+    ],
+)
 def test_wrong_options_are_one_sentence(words, part, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), f"runs_dir={tmp_path / 'runs'}", *words],
-                          capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), f"runs_dir={tmp_path / 'runs'}", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("kvtuner: ")
     assert done.stderr.count("\n") == 1
@@ -83,8 +100,20 @@ def test_wrong_options_are_one_sentence(words, part, tmp_path):
 
 
 def test_a_bad_job_stops_a_sweep_before_its_first_job(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", "quant=kv4,kv8", "server.kv_gib=0.5,-1",
-                           f"runs_dir={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "run.py"),
+            "-m",
+            "quant=kv4,kv8",
+            "server.kv_gib=0.5,-1",
+            f"runs_dir={tmp_path / 'runs'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert "server.kv_gib" in done.stderr
     assert list(tmp_path.iterdir()) == []

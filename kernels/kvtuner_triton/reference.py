@@ -1,8 +1,10 @@
 """The truth in plain torch: quantize, pack, unpack, dequantize.  Kernels must produce the same bytes.
 
 Asymmetric, b bits, over a group x:   zero = fp16(min x), scale = fp16((max x - min x) / (2^b - 1)),
-                                      code = clamp(floor((x - zero) / scale + 1/2), 0, 2^b - 1),   x' = code * scale + zero
-Symmetric:                            scale = fp16(max |x| / (2^(b-1) - 1)), code = clamp(floor(x / scale + 1/2) + 2^(b-1), ...)
+                                      code = clamp(floor((x - zero) / scale + 1/2), 0, 2^b - 1),
+                                      x' = code * scale + zero
+Symmetric:                            scale = fp16(max |x| / (2^(b-1) - 1)),
+                                      code = clamp(floor(x / scale + 1/2) + 2^(b-1), 0, 2^b - 1),
                                       x' = (code - 2^(b-1)) * scale
 All arithmetic is fp32; codes are taken against the rounded fp16 scale and zero, so rounding those costs no accuracy
 twice.  A scale that rounds to zero means a constant group: code 0 (symmetric: 2^(b-1)), x' = zero (symmetric: 0).

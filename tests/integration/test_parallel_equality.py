@@ -11,21 +11,14 @@ import pytest
 import requests
 
 from kvtuner_sglang import command_line
+from kvtuner_sglang.quality.prose import prose_text
 from kvtuner_sglang.serving.cluster import running_cluster
 from kvtuner_sglang.serving.commands import Measurement
 
 CONF = Path(__file__).parents[2] / "conf"
 NOISE = 1e-6
-PROMPTS = [
-    "The lighthouse keeper wrote in his log every evening, and on the last day of October he noted that the sea",
-    "A recipe for bread needs flour, water, salt and yeast. First the flour is mixed with the water, and then",
-    "In the year 1969 three men travelled to the Moon. Two of them walked on its surface while the third one",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
-    "The heart pumps blood through the body. It has four chambers, and the blood enters through the",
-    "Dear Sir, I am writing to you about the house on the hill, which has been empty for many years. I would like to",
-    "The train left the station at eight o'clock in the morning. Anna sat by the window and watched the fields",
-    "Water boils at one hundred degrees Celsius at sea level. On a high mountain it boils at a lower temperature because",
-]
+PROMPT_CHARACTERS = 900  # about 200 tokens: three whole pages that are read as stored
+PROMPTS = [text[start : start + PROMPT_CHARACTERS] for text in (prose_text(),) for start in range(0, 8 * 1000, 1000)]
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +31,16 @@ def ask(checkpoint, tmp_path_factory):
     def answers(quant: str, dist: str, noise: float = 0.0) -> tuple[list[str], np.ndarray]:
         config = command_line.load([f"quant={quant}", f"dist={dist}", f"runs_dir={runs}"], CONF)
         texts, log_probabilities = [], []
-        with running_cluster(config, checkpoint, runs / f"{quant}-{dist}-{noise}", lambda line: None,
-                             Measurement(kv_noise=noise)) as cluster:
+        with running_cluster(
+            config, checkpoint, runs / f"{quant}-{dist}-{noise}", lambda line: None, Measurement(kv_noise=noise)
+        ) as cluster:
             for prompt in PROMPTS:
-                body = {"text": prompt, "return_logprob": True, "logprob_start_len": 0,
-                        "sampling_params": {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True}}
+                body = {
+                    "text": prompt,
+                    "return_logprob": True,
+                    "logprob_start_len": 0,
+                    "sampling_params": {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True},
+                }
                 answer = requests.post(f"{cluster.base_url}/generate", json=body, timeout=120)
                 assert answer.status_code == 200
                 texts.append(answer.json()["text"])
@@ -64,6 +62,6 @@ def test_four_bits_on_four_ranks_stay_within_twice_the_noise_floor(ask, quant, r
     _, noisy = ask(quant, "single", NOISE)
     _, parallel = ask(quant, "tp2pp2")
     floor, difference = np.abs(noisy - single).mean(), np.abs(parallel - single).mean()
-    print(f"{quant}: mean |difference| of {len(single)} prompt log-probabilities: floor {floor:.5f}, tp2pp2 {difference:.5f}")
-    assert floor > 0
+    record_property("floor_and_difference", (floor, difference))
+    assert floor > 1e-4, "without quantized pages in view this test says nothing"
     assert difference <= 2 * floor

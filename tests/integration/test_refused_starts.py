@@ -9,12 +9,30 @@ from launch import free_port, nodes, wait_ended, wait_ready
 
 from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
 
-QUANTIZED = ["--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "0.05"]
+QUANTIZED = [
+    "--enable-kvtuner-quant",
+    "--kvtuner-nbits-key",
+    "4",
+    "--kvtuner-nbits-value",
+    "4",
+    "--kvtuner-kv-gib",
+    "0.05",
+]
 LIMIT_S = 60
 
 
 def two_nodes(port: int, *words: str, rank: int) -> list[str]:
-    return ["--pp-size", "2", "--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", f"127.0.0.1:{port}", *words]
+    return [
+        "--pp-size",
+        "2",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        str(rank),
+        "--dist-init-addr",
+        f"127.0.0.1:{port}",
+        *words,
+    ]
 
 
 def assert_refused(started, *parts: str) -> None:
@@ -25,9 +43,14 @@ def assert_refused(started, *parts: str) -> None:
     assert all(any(part in line for line in said) for part in parts), said
 
 
-@pytest.mark.parametrize("words", [
-    ["--enable-hierarchical-cache"], ["--speculative-algorithm", "NGRAM"], ["--disaggregation-mode", "prefill"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--enable-hierarchical-cache"],
+        ["--speculative-algorithm", "NGRAM"],
+        ["--disaggregation-mode", "prefill"],
+    ],
+)
 def test_sglang_features_that_no_test_covers(tiny_model, tmp_path, words):
     with nodes(tiny_model, [[*QUANTIZED, *words]], tmp_path) as started:
         assert_refused(started, words[0])
@@ -52,21 +75,27 @@ def register():
     return {"SGLANG_PLUGINS": "broken", "PYTHONPATH": os.pathsep.join(path)}
 
 
-@pytest.mark.parametrize(("hook", "sentence"), [
-    ("_build_mha_kv_pool", "MHATokenToKVPool"),
-    ("calculate_pool_sizes", "the byte budget"),
-])
+@pytest.mark.parametrize(
+    ("hook", "sentence"),
+    [
+        ("_build_mha_kv_pool", "MHATokenToKVPool"),
+        ("calculate_pool_sizes", "the byte budget"),
+    ],
+)
 def test_a_hook_that_did_not_take(tiny_model, tmp_path, hook, sentence):
     environment = plugin_without(hook, tmp_path)
     with nodes(tiny_model, [QUANTIZED], tmp_path, environments=[environment]) as started:
         assert_refused(started, sentence)
 
 
-@pytest.mark.parametrize(("other", "environment", "sentence"), [
-    (["--enable-kvtuner-quant", "--kvtuner-nbits-key", "8", "--kvtuner-kv-gib", "0.05"], {}, "plan_hash"),
-    (["--kvtuner-kv-gib", "0.05"], {}, "enabled"),
-    ([], {"SGLANG_PLUGINS": "none"}, "install kvtuner-sglang"),
-])
+@pytest.mark.parametrize(
+    ("other", "environment", "sentence"),
+    [
+        (["--enable-kvtuner-quant", "--kvtuner-nbits-key", "8", "--kvtuner-kv-gib", "0.05"], {}, "plan_hash"),
+        (["--kvtuner-kv-gib", "0.05"], {}, "enabled"),
+        ([], {"SGLANG_PLUGINS": "none"}, "install kvtuner-sglang"),
+    ],
+)
 def test_nodes_that_differ(tiny_model, tmp_path, other, environment, sentence):
     port = free_port()
     flags = [two_nodes(port, *QUANTIZED, rank=0), two_nodes(port, *other, rank=1)]
@@ -76,9 +105,24 @@ def test_nodes_that_differ(tiny_model, tmp_path, other, environment, sentence):
 
 def test_the_seeds_launch_lines_serve_quantized(tiny_model, tmp_path):
     """The seed's two lines; changed are model path, addresses, and what --device cpu needs."""
-    seed = ["--tp-size", "2", "--pp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
-            "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4",
-            "--dist-timeout", "300", "--disable-custom-all-reduce"]
+    seed = [
+        "--tp-size",
+        "2",
+        "--pp-size",
+        "2",
+        "--nnodes",
+        "2",
+        "--dist-init-addr",
+        f"127.0.0.1:{free_port()}",
+        "--enable-kvtuner-quant",
+        "--kvtuner-nbits-key",
+        "4",
+        "--kvtuner-nbits-value",
+        "4",
+        "--dist-timeout",
+        "300",
+        "--disable-custom-all-reduce",
+    ]
     flags = [[*seed, "--node-rank", "0"], [*seed, "--node-rank", "1"]]
     with nodes(tiny_model, flags, tmp_path, tp=2) as started:
         wait_ready(started[0], 150)

@@ -10,13 +10,20 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.concurrency=[2]",
-         "workload.throughput.requests=2", "workload.throughput.prompt_tokens=16", "workload.throughput.output_tokens=4"]
+SHORT = [
+    "workload.ttft.prompt_tokens=[10,50]",
+    "workload.ttft.repeats=2",
+    "workload.throughput.concurrency=[2]",
+    "workload.throughput.requests=2",
+    "workload.throughput.prompt_tokens=16",
+    "workload.throughput.output_tokens=4",
+]
 
 
 def run(*words: str, timeout_s: int = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True,
-                          timeout=timeout_s, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 def servers_of(runs: Path) -> list[psutil.Process]:
@@ -49,8 +56,15 @@ def test_four_ranks_in_two_nodes_answer_every_request(tp2pp2):
 
 def test_the_report_has_the_seeds_sections_and_the_nodes_commands(tp2pp2):
     report = (tp2pp2 / "report.md").read_text()
-    for section in ("Test configuration", "Time To First Token", "Throughput", "Memory", "architecture", "Key configuration",
-                    "Ablation"):
+    for section in (
+        "Test configuration",
+        "Time To First Token",
+        "Throughput",
+        "Memory",
+        "architecture",
+        "Key configuration",
+        "Ablation",
+    ):
         assert section in report
     for flag in ("--tp-size 2", "--pp-size 2", "--nnodes 2", "--node-rank 1", "--enable-kvtuner-quant"):
         assert flag in report

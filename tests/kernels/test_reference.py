@@ -11,8 +11,11 @@ from kvtuner_sglang.quant import KVShape, TensorFormat
 from kvtuner_triton import layout, reference
 
 BITS = st.sampled_from([8, 4, 2])
-GROUPS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.sampled_from([8, 32, 64])),
-                    elements=st.one_of(st.just(0.0), st.floats(-6e4, 6e4, width=32), st.floats(-2, 2, width=32)))
+GROUPS = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 4), st.sampled_from([8, 32, 64])),
+    elements=st.one_of(st.just(0.0), st.floats(-6e4, 6e4, width=32), st.floats(-2, 2, width=32)),
+)
 
 
 def slow_quantize(row: np.ndarray, bits: int, symmetric: bool) -> tuple[list[int], list[np.float16]]:
@@ -67,8 +70,11 @@ def test_a_constant_group_is_exact(value, bits):
     assert torch.equal(reference.dequantize(codes, meta, bits), torch.full((2, 64), value))
 
 
-@pytest.mark.parametrize("fmt", [TensorFormat(b, group_size=g, symmetric=s) for b in (8, 4, 2) for g in (None, 32) for s in (True, False)]
-                         + [TensorFormat(4, axis=1), TensorFormat(2, axis=1, symmetric=True), TensorFormat(16)])
+@pytest.mark.parametrize(
+    "fmt",
+    [TensorFormat(b, group_size=g, symmetric=s) for b in (8, 4, 2) for g in (None, 32) for s in (True, False)]
+    + [TensorFormat(4, axis=1), TensorFormat(2, axis=1, symmetric=True), TensorFormat(16)],
+)
 def test_pages_read_back_what_was_written_and_nothing_else(fmt):
     shape = KVShape(kv_heads=2, head_dim=64, itemsize=4, page_size=16)
     store = layout.allocate(fmt, shape, pages=5, dtype=torch.float32, device="cpu")
@@ -79,7 +85,9 @@ def test_pages_read_back_what_was_written_and_nothing_else(fmt):
     else:
         tokens = x.transpose(1, 2).reshape(32, 2, 64)
         order = torch.randperm(32)
-        reference.write_tokens(store, pages.repeat_interleave(16)[order], torch.arange(16).repeat(2)[order], tokens[order])
+        reference.write_tokens(
+            store, pages.repeat_interleave(16)[order], torch.arange(16).repeat(2)[order], tokens[order]
+        )
     expected = x if not fmt.quantized else reference.decode(fmt, *reference.encode(fmt, x))
     back = reference.read_pages(store, pages, torch.float32)
     assert torch.equal(back, expected.transpose(0, 1).flatten(1, 2))
@@ -89,6 +97,12 @@ def test_pages_read_back_what_was_written_and_nothing_else(fmt):
 
 def test_allocated_bytes_are_the_formula():
     shape = KVShape(kv_heads=2, head_dim=64, itemsize=4, page_size=16)
-    for fmt in (TensorFormat(16), TensorFormat(8), TensorFormat(4, group_size=32), TensorFormat(2, axis=1), TensorFormat(4, symmetric=True)):
+    for fmt in (
+        TensorFormat(16),
+        TensorFormat(8),
+        TensorFormat(4, group_size=32),
+        TensorFormat(2, axis=1),
+        TensorFormat(4, symmetric=True),
+    ):
         store = layout.allocate(fmt, shape, pages=7, dtype=torch.float32, device="cpu")
         assert store.nbytes == 7 * 16 * shape.tensor_bytes_per_token(fmt)

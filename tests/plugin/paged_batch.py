@@ -11,8 +11,15 @@ from kvtuner_sglang.plugin.reference_backend import ReferenceBackend
 from kvtuner_sglang.quant import KVFormat
 
 KV_HEADS, Q_HEADS, HEAD_DIM = 2, 4, 64
-LAYER = SimpleNamespace(layer_id=0, tp_q_head_num=Q_HEADS, qk_head_dim=HEAD_DIM, scaling=HEAD_DIM**-0.5,
-                        is_cross_attention=False, sliding_window_size=-1, logit_cap=0.0)
+LAYER = SimpleNamespace(
+    layer_id=0,
+    tp_q_head_num=Q_HEADS,
+    qk_head_dim=HEAD_DIM,
+    scaling=HEAD_DIM**-0.5,
+    is_cross_attention=False,
+    sliding_window_size=-1,
+    logit_cap=0.0,
+)
 
 
 @dataclass
@@ -28,11 +35,23 @@ class World:
 
     def __post_init__(self) -> None:
         size = (self.pages - 1) * self.page_size
-        self.pool = PackedKVPool(size, page_size=self.page_size, dtype=torch.float32, head_num=KV_HEADS,
-                                 head_dim=HEAD_DIM, layer_num=1, device="cpu", enable_memory_saver=False, plan=[self.fmt])
+        self.pool = PackedKVPool(
+            size,
+            page_size=self.page_size,
+            dtype=torch.float32,
+            head_num=KV_HEADS,
+            head_dim=HEAD_DIM,
+            layer_num=1,
+            device="cpu",
+            enable_memory_saver=False,
+            plan=[self.fmt],
+        )
         self.table = torch.zeros(self.slots, self.max_tokens, dtype=torch.int32)
-        runner = SimpleNamespace(token_to_kv_pool=self.pool, req_to_token_pool=SimpleNamespace(req_to_token=self.table),
-                                 server_args=SimpleNamespace(_kvtuner=KvtunerOptions()))
+        runner = SimpleNamespace(
+            token_to_kv_pool=self.pool,
+            req_to_token_pool=SimpleNamespace(req_to_token=self.table),
+            server_args=SimpleNamespace(_kvtuner=KvtunerOptions()),
+        )
         self.backend = ReferenceBackend(runner)
         self.free_pages = list(range(1, self.pages))
 
@@ -45,13 +64,21 @@ class World:
                 self.table[slot, position] = self.table[slot, position - 1] + 1
         return self.table[slot, start:end].long()
 
-    def forward(self, spans: list[tuple[int, int, int]], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                *, decode: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        spans: list[tuple[int, int, int]],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        decode: bool = False,
+    ) -> torch.Tensor:
         """One layer of one batch; spans are (slot, start, end), already placed; q, k, v: (tokens, heads, head_dim)."""
         mode = SimpleNamespace(is_decode_or_idle=lambda: decode)
         locations = torch.cat([self.table[slot, start:end].long() for slot, start, end in spans])
         batch = SimpleNamespace(
-            forward_mode=mode, out_cache_loc=locations,
+            forward_mode=mode,
+            out_cache_loc=locations,
             seq_lens=torch.tensor([end for _, _, end in spans]),
             req_pool_indices=torch.tensor([slot for slot, _, _ in spans]),
             extend_prefix_lens=torch.tensor([start for _, start, _ in spans]),

@@ -30,15 +30,29 @@ def test_the_seeds_own_flags():
 
 
 def test_keys_and_values_apart():
-    fmt = parse("--enable-kvtuner-quant", "--kvtuner-nbits-key", "8", "--kvtuner-nbits-value", "2",
-                "--kvtuner-q-group-size", "32", "--kvtuner-asym", "False").kv_format()
+    fmt = parse(
+        "--enable-kvtuner-quant",
+        "--kvtuner-nbits-key",
+        "8",
+        "--kvtuner-nbits-value",
+        "2",
+        "--kvtuner-q-group-size",
+        "32",
+        "--kvtuner-asym",
+        "False",
+    ).kv_format()
     assert (fmt.key.bits, fmt.value.bits, fmt.key.group_size, fmt.key.symmetric) == (8, 2, 32, True)
 
 
-@pytest.mark.parametrize("words", [
-    ["--kvtuner-nbits-key", "3"], ["--kvtuner-nbits-value", "1"], ["--enable-kvtuner-quant", "perhaps"],
-    ["--kvtuner-axis-value", "1"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--kvtuner-nbits-key", "3"],
+        ["--kvtuner-nbits-value", "1"],
+        ["--enable-kvtuner-quant", "perhaps"],
+        ["--kvtuner-axis-value", "1"],
+    ],
+)
 def test_argparse_refuses_what_does_not_exist(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*words)
@@ -46,10 +60,16 @@ def test_argparse_refuses_what_does_not_exist(words, capsys):
     assert words[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("keywords", [
-    {"kvtuner_nbits_keys": 4}, {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 3}, {"kvtuner_kv_gib": 0},
-    {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 16, "kvtuner_nbits_value": 16}, {"kvtuner_kv_noise": 2},
-])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"kvtuner_nbits_keys": 4},
+        {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 3},
+        {"kvtuner_kv_gib": 0},
+        {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 16, "kvtuner_nbits_value": 16},
+        {"kvtuner_kv_noise": 2},
+    ],
+)
 def test_engine_keywords_are_checked(keywords):
     with pytest.raises(ConfigError, match=r"\.$"):
         pop_options(dict(keywords))
@@ -61,10 +81,23 @@ def test_pop_leaves_sglangs_own_keywords():
     assert keywords == {"model_path": "m"}
 
 
-@pytest.mark.parametrize("options", [
-    KvtunerOptions(), KvtunerOptions(kvtuner_kv_gib=0.5), KvtunerOptions(enable_kvtuner_quant=True),
-    KvtunerOptions(enable_kvtuner_quant=True, kvtuner_nbits_key=8, kvtuner_nbits_value=2, kvtuner_asym=False,
-                   kvtuner_q_group_size=32, kvtuner_kv_noise=1e-6, kvtuner_logits_dir="x", kvtuner_heartbeat_dir="y"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        KvtunerOptions(),
+        KvtunerOptions(kvtuner_kv_gib=0.5),
+        KvtunerOptions(enable_kvtuner_quant=True),
+        KvtunerOptions(
+            enable_kvtuner_quant=True,
+            kvtuner_nbits_key=8,
+            kvtuner_nbits_value=2,
+            kvtuner_asym=False,
+            kvtuner_q_group_size=32,
+            kvtuner_kv_noise=1e-6,
+            kvtuner_logits_dir="x",
+            kvtuner_heartbeat_dir="y",
+        ),
+    ],
+)
 def test_flags_give_the_same_options_back(options):
     assert parse(*flags_of(options)) == options

@@ -11,8 +11,11 @@ from kvtuner_triton import reference
 
 def tokens(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, Q_HEADS, HEAD_DIM, generator=g), torch.randn(n, KV_HEADS, HEAD_DIM, generator=g) * 3,
-            torch.randn(n, KV_HEADS, HEAD_DIM, generator=g))
+    return (
+        torch.randn(n, Q_HEADS, HEAD_DIM, generator=g),
+        torch.randn(n, KV_HEADS, HEAD_DIM, generator=g) * 3,
+        torch.randn(n, KV_HEADS, HEAD_DIM, generator=g),
+    )
 
 
 def slow_packed(x: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[list[int], list[float]]:
@@ -66,7 +69,9 @@ def test_a_query_reads_every_token_as_stored_its_own_too(bits_key, bits_value):
     outs = []
     for slot, start, end in spans:
         world.place(slot, start, end)
-        outs.append(world.forward([(slot, start, end)], q[start:end], k[start:end], v[start:end], decode=end - start == 1))
+        outs.append(
+            world.forward([(slot, start, end)], q[start:end], k[start:end], v[start:end], decode=end - start == 1)
+        )
     out = torch.cat(outs)
     key = reference.decode(fmt.key, *reference.encode(fmt.key, k)) if bits_key != 16 else k
     value = reference.decode(fmt.value, *reference.encode(fmt.value, v)) if bits_value != 16 else v
@@ -88,8 +93,18 @@ def test_requests_of_one_batch_do_not_see_each_other():
 
 def test_nothing_reads_or_writes_around_the_format():
     pool = World(KVFormat(TensorFormat(4), TensorFormat(4)), page_size=1).pool
-    for name in ("set_kv_buffer", "get_key_buffer", "get_value_buffer", "get_kv_buffer", "get_raw_kv_buffer",
-                 "set_kv_buffer_prefix_valid", "move_kv_cache", "get_cpu_copy", "load_cpu_copy", "get_contiguous_buf_infos"):
+    for name in (
+        "set_kv_buffer",
+        "get_key_buffer",
+        "get_value_buffer",
+        "get_kv_buffer",
+        "get_raw_kv_buffer",
+        "set_kv_buffer_prefix_valid",
+        "move_kv_cache",
+        "get_cpu_copy",
+        "load_cpu_copy",
+        "get_contiguous_buf_infos",
+    ):
         with pytest.raises(ConfigError, match="full-precision KV buffers"):
             getattr(pool, name)(0)
 

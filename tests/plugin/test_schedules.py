@@ -111,8 +111,13 @@ class Scheduler:
 
     def check(self, spans: list[tuple[Request, int, int]]) -> None:
         ids = torch.tensor([t for request, start, end in spans for t in request.tokens[start:end]])
-        out = self.world.forward([(r.slot, start, end) for r, start, end in spans], self.q[ids], self.k[ids], self.v[ids],
-                                 decode=all(end - start == 1 for _, start, end in spans))
+        out = self.world.forward(
+            [(r.slot, start, end) for r, start, end in spans],
+            self.q[ids],
+            self.k[ids],
+            self.v[ids],
+            decode=all(end - start == 1 for _, start, end in spans),
+        )
         row = 0
         for request, start, end in spans:
             self.seen["mid-page start"] += start % PAGE != 0
@@ -135,14 +140,21 @@ class Scheduler:
                 whole = x[page].transpose(0, 1)
                 x[page] = reference.decode(tensor, *reference.encode(tensor, whole)).transpose(0, 1)
         repeated = Q_HEADS // KV_HEADS
-        scores = torch.einsum("hd,thd->ht", self.q[tokens[position]], key.repeat_interleave(repeated, 1)) * HEAD_DIM**-0.5
+        scores = (
+            torch.einsum("hd,thd->ht", self.q[tokens[position]], key.repeat_interleave(repeated, 1)) * HEAD_DIM**-0.5
+        )
         return torch.einsum("ht,thd->hd", scores.softmax(-1), value.repeat_interleave(repeated, 1))
 
 
-@pytest.mark.parametrize(("fmt", "steps"), [
-    (FORMATS[0], 300), (FORMATS[1], 300),
-    pytest.param(FORMATS[0], 5000, marks=pytest.mark.slow), pytest.param(FORMATS[1], 5000, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("fmt", "steps"),
+    [
+        (FORMATS[0], 300),
+        (FORMATS[1], 300),
+        pytest.param(FORMATS[0], 5000, marks=pytest.mark.slow),
+        pytest.param(FORMATS[1], 5000, marks=pytest.mark.slow),
+    ],
+)
 def test_random_schedules_never_show_a_wrong_token(fmt, steps):
     scheduler = Scheduler(fmt, seed=FORMATS.index(fmt))
     for _ in range(steps):

@@ -25,6 +25,8 @@ PAGE = 64
 NOISE = 1e-6
 PATH_TOKENS = 300  # what the independent path repeats: rows depend on what stands before them alone
 
+pytestmark = pytest.mark.slow  # six engines, eleven minutes on two cores
+
 
 @dataclass(frozen=True)
 class Engines:

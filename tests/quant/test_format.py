@@ -12,7 +12,9 @@ def uniform(bits_key: int, bits_value: int, layers: int = 28, **options):
     return uniform_plan(KVFormat(TensorFormat(bits_key, **options), TensorFormat(bits_value, **options)), layers)
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(16, 57344), (8, 28 * 8 * (128 + 4)), (4, 28 * 8 * (64 + 4)), (2, 28 * 8 * (32 + 4))])
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(16, 57344), (8, 28 * 8 * (128 + 4)), (4, 28 * 8 * (64 + 4)), (2, 28 * 8 * (32 + 4))]
+)
 def test_bytes_per_token_of_a_7b_model(bits, expected):
     assert QWEN_7B.bytes_per_token(uniform(bits, bits)) == expected
 
@@ -33,23 +35,36 @@ def test_per_channel_metadata_is_shared_by_the_page():
 
 
 def test_keys_and_values_are_counted_apart():
-    assert QWEN_7B.bytes_per_token(uniform(8, 4)) == (QWEN_7B.bytes_per_token(uniform(8, 8)) + QWEN_7B.bytes_per_token(uniform(4, 4))) / 2
+    assert (
+        QWEN_7B.bytes_per_token(uniform(8, 4))
+        == (QWEN_7B.bytes_per_token(uniform(8, 8)) + QWEN_7B.bytes_per_token(uniform(4, 4))) / 2
+    )
 
 
-@pytest.mark.parametrize("broken", [
-    lambda: TensorFormat(3),
-    lambda: TensorFormat(4, axis=2),
-    lambda: TensorFormat(4, group_size=0),
-    lambda: TensorFormat(4, group_size=48).groups(64),
-    lambda: TensorFormat(4).code_bytes(63, 2),
-    lambda: KVFormat(TensorFormat(4), TensorFormat(4, axis=1)),
-])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: TensorFormat(3),
+        lambda: TensorFormat(4, axis=2),
+        lambda: TensorFormat(4, group_size=0),
+        lambda: TensorFormat(4, group_size=48).groups(64),
+        lambda: TensorFormat(4).code_bytes(63, 2),
+        lambda: KVFormat(TensorFormat(4), TensorFormat(4, axis=1)),
+    ],
+)
 def test_what_cannot_be_stored_is_refused_in_one_sentence(broken):
     with pytest.raises(ConfigError, match=r"\.$"):
         broken()
 
 
 def test_the_hash_tells_plans_apart():
-    plans = [uniform(4, 4), uniform(4, 8), uniform(8, 4), uniform(4, 4, symmetric=True), uniform(4, 4, group_size=32), uniform(4, 4, layers=27)]
+    plans = [
+        uniform(4, 4),
+        uniform(4, 8),
+        uniform(8, 4),
+        uniform(4, 4, symmetric=True),
+        uniform(4, 4, group_size=32),
+        uniform(4, 4, layers=27),
+    ]
     assert len({format_hash(p) for p in plans}) == len(plans)
     assert format_hash(uniform(4, 4)) == format_hash(uniform(4, 4))

@@ -24,16 +24,16 @@ CPU_MAX_RUNNING_REQUESTS = 8
 CUDA_MAX_RUNNING_REQUESTS = 64
 GRAPH_ARGUMENTS = ("cuda_graph_backend_decode", "cuda_graph_backend_prefill")
 # Arguments that a test serves quantized with, or that never come near keys and values.
-ALLOWED_ARGUMENTS = frozenset("""
-    model_path tokenizer_path tokenizer_mode load_format trust_remote_code served_model_name revision
-    host port api_key log_level log_level_http log_requests log_requests_level show_time_cost enable_metrics
-    tp_size pp_size nnodes node_rank dist_init_addr dist_timeout base_gpu_id gpu_id_step
-    device dtype context_length mem_fraction_static max_running_requests max_total_tokens
-    chunked_prefill_size max_prefill_tokens schedule_policy schedule_conservativeness
-    random_seed stream_interval watchdog_timeout soft_watchdog_timeout decode_log_interval skip_server_warmup
-    warmups disable_custom_all_reduce disable_overlap_schedule disable_radix_cache
-    grammar_backend sampling_backend attention_backend page_size disable_cuda_graph
-""".split())
+ALLOWED_ARGUMENTS = frozenset((
+    "model_path", "tokenizer_path", "tokenizer_mode", "load_format", "trust_remote_code", "served_model_name",
+    "revision", "host", "port", "api_key", "log_level", "log_level_http", "log_requests", "log_requests_level",
+    "show_time_cost", "enable_metrics", "tp_size", "pp_size", "nnodes", "node_rank", "dist_init_addr", "dist_timeout",
+    "base_gpu_id", "gpu_id_step", "device", "dtype", "context_length", "mem_fraction_static", "max_running_requests",
+    "max_total_tokens", "chunked_prefill_size", "max_prefill_tokens", "schedule_policy", "schedule_conservativeness",
+    "random_seed", "stream_interval", "watchdog_timeout", "soft_watchdog_timeout", "decode_log_interval",
+    "skip_server_warmup", "warmups", "disable_custom_all_reduce", "disable_overlap_schedule", "disable_radix_cache",
+    "grammar_backend", "sampling_backend", "attention_backend", "page_size", "disable_cuda_graph",
+))
 
 _from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)
 _broken_targets: list[str] = []
@@ -112,7 +112,8 @@ def _check_sglang() -> None:
     import sglang
 
     if sglang.__version__ not in SUPPORTED_SGLANG:
-        raise ConfigError(f"SGLang {sglang.__version__} is not covered by a test: install sglang=={SUPPORTED_SGLANG[-1]}.")
+        raise ConfigError(f"SGLang {sglang.__version__} is not covered by a test: install "
+                          f"sglang=={SUPPORTED_SGLANG[-1]}.")
     if _broken_targets:
         raise ConfigError(f"this SGLang has no {_broken_targets[0]}, which kvtuner must hook: reinstall "
                           f"sglang=={SUPPORTED_SGLANG[-1]}.")

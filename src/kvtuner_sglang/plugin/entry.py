@@ -8,8 +8,8 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from kvtuner_sglang.plugin import arguments, heartbeat, logits_file
-from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.plugin.options import add_cli_flags, options_of
+from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 POOL_SIZES = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"

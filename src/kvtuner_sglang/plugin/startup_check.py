@@ -17,8 +17,8 @@ import torch.distributed as dist
 import kvtuner_sglang
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
-from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.plugin.pool import PackedKVPool
+from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.quant import KVShape, format_hash
 
 # Ranks may capture graphs or compile kernels for minutes before they report; one that died ends the start anyway.

@@ -35,7 +35,8 @@ class Request:
     def body(self) -> dict[str, Any]:
         return {
             "input_ids": list(self.input_ids), "stream": True, "rid": self.request_id,
-            "sampling_params": {"temperature": 0.0, "max_new_tokens": self.output_tokens, "ignore_eos": True},
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": self.output_tokens, "ignore_eos": True,
+                                "skip_special_tokens": False},  # else special tokens alone read as an empty text
         }
 
 

@@ -39,15 +39,15 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     A run that started and broke is an outcome with status failed, or invalid when samples may not count.
     """
     say(f"{config.run_dir}")
-    checkpoint = prepare_checkpoint(config.model.source, config.model.path)
+    checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
     with run_directory(config.run_dir):
         attempt = _Attempt(started=utc_now())
         with SampleLog(config.run_dir) as log:
             _serve_and_measure(attempt, config, checkpoint, log, say)
         record = _record(attempt, config, overrides, checkpoint, log)
         write_record(config.run_dir, record)
-        tracking.mirror(config.run_dir)
         report = write_report(config.run_dir)
+        tracking.mirror(config.run_dir)
         say(print_summary(load_record(config.run_dir)))
         say(f"  report      {report}")
     return Outcome(config.run_dir, attempt.status, skipped=False, reason=attempt.reason)
