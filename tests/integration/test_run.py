@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 SHORT = [
     "workload.ttft.prompt_tokens=[10,50]",
     "workload.ttft.repeats=2",
