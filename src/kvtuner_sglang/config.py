@@ -212,9 +212,6 @@ def check(config: RunConfig) -> None:
     if config.task == "quality" and dist.ranks > 1:
         raise ConfigError("task=quality measures on one rank: choose dist=single.")
     load = config.workload.throughput
-    if load.requests < max(load.concurrency):
-        raise ConfigError(f"workload.throughput.requests={load.requests} cannot keep {max(load.concurrency)} workers "
-                          "busy: ask for at least as many requests as the highest concurrency.")
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
         raise ConfigError(
