@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from importlib import metadata
@@ -101,7 +102,9 @@ def test_conda_reads_the_cpu_lock() -> None:
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="not in an environment of its own")
 def test_what_is_installed_is_what_the_lock_says() -> None:
     name = "cpu" if Version(metadata.version("torch")).local == "cpu" else "gpu"
-    installed = {canonicalize_name(found.name): Version(found.version) for found in metadata.distributions()}
+    # This environment's own folder only: setuptools puts older copies it carries on sys.path.
+    found_here = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {canonicalize_name(found.name): Version(found.version) for found in found_here}
     differing = {
         package: (str(version), str(installed.get(package)))
         for package, version in lock(name).items()

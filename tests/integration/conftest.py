@@ -1,4 +1,4 @@
-"""Real servers on this machine: one kv4 server for the session, and a tiny model for starts that must fail."""
+"""Real servers on this machine: one kv4 server, and a tiny model for starts that must fail."""
 
 import shutil
 import sys
@@ -29,9 +29,12 @@ def tiny_model(checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kv4_server(checkpoint, tmp_path_factory):
-    """The default model behind kv4 on one rank, verified; several tests ask it."""
+    """The default model behind kv4 on one rank, verified; one module asks it.
+
+    Not for the session: an idle server keeps a core busy, which later starts need.
+    """
     runs = tmp_path_factory.mktemp("runs")
     config = command_line.load(["quant=kv4", "dist=single", f"runs_dir={runs}"], CONF)
     with running_cluster(config, checkpoint, runs / "kv4", lambda line: None) as cluster:
