@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU te
 @pytest.mark.parametrize("marks", ["not gpu and not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_plugin_inside_sglang(marks):
     environment = {**os.environ, **cpu_server_environment(tp_size=1, ranks_on_host=1, node_rank=0)}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", marks, "tests/plugin"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "tests/plugin"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     assert " passed" in done.stdout
