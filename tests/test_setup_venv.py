@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -98,10 +99,13 @@ def test_a_command_that_fails_ends_with_its_own_last_lines(small: ModuleType, tm
     assert "5" not in lines
 
 
-def test_an_interruption_is_said_and_leaves_no_stamp(small: ModuleType, tmp_path: Path) -> None:
+def test_an_interruption_is_said_and_leaves_no_stamp(
+    small: ModuleType, tmp_path: Path, hear_ctrl_c: Callable[[], None]
+) -> None:
     setup = subprocess.Popen(
         [sys.executable, tmp_path / "requirements" / "setup_venv.py"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while not small.VENV.is_dir() and time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """Real process trees in the place of nodes."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,16 +49,6 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="session")
-def hear_ctrl_c() -> Callable[[], None]:
-    """A preexec_fn: a shell's background job, as which tests may run, hands SIGINT down as ignored."""
-
-    def hear_ctrl_c() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    return hear_ctrl_c
 
 
 @pytest.fixture(scope="session")
