@@ -60,6 +60,7 @@ def test_runs_that_can_differ_get_different_directories():
             ["server.kv_gib=0.5"],
             ["seed=1"],
             ["quant.asym=false"],
+            ["quant.page_size=128"],
         )
     ]
     assert len(set(names)) == len(names)
@@ -73,6 +74,8 @@ def test_runs_that_can_differ_get_different_directories():
         (["quant.nbits_key=3"], "16, 8, 4 or 2"),
         (["quant.group_size=0"], "quant.group_size"),
         (["quant.axis_value=1"], "axis-value"),
+        (["quant.page_size=32"], "64 or 128"),
+        (["quant=bf16", "quant.page_size=64"], "leave quant.page_size=64 out"),
         (["dist.nnodes=2"], "cannot be shared by 2 nodes"),
         (["dist=tp2pp2", "dist.hosts=[127.0.0.1]"], "one per node"),
         (["server.kv_gib=-1"], "server.kv_gib"),

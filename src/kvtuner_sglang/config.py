@@ -47,6 +47,12 @@ class QuantConfig:
     axis_value: Literal[0, 1]
     group_size: PositiveInt | None
     asym: bool
+    page_size: PositiveInt | None
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page as served: of keys per channel they share a scale and zero."""
+        return self.kv_format().page_tokens(self.page_size)
 
     def kv_format(self) -> KVFormat:
         """The format of every layer; 16-bit keys and values when disabled."""
@@ -205,7 +211,10 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
     if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
         raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
-    quant.kv_format()
+    if quant.enabled:
+        _ = quant.page_tokens
+    elif quant.page_size is not None:
+        raise ConfigError(f"quant=bf16 leaves pages to SGLang: leave quant.page_size={quant.page_size} out.")
     if config.quality.window_tokens >= config.quality.context_length:
         raise ConfigError(f"quality.window_tokens={config.quality.window_tokens} does not fit "
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")

@@ -62,6 +62,7 @@ def nodes(
     tp: int = 1,
     launch: Sequence[str] = LAUNCH,
     environments: Sequence[dict[str, str]] | None = None,
+    arguments: Sequence[str] = tuple(cpu_server_arguments()),
 ) -> Iterator[list[Node]]:
     """One launcher per entry of `flags`, in sessions of their own; whatever is left of them is killed at the end."""
     started: list[Node] = []
@@ -80,7 +81,7 @@ def nodes(
                 "float32",
                 "--port",
                 str(port),
-                *cpu_server_arguments(),
+                *arguments,
                 *words,
             ]
             with log.open("wb") as out:

@@ -58,13 +58,25 @@ def test_sglang_features_that_no_test_covers(tiny_model, tmp_path, words):
 
 def plugin_without(hook: str, folder: Path) -> dict[str, str]:
     """An installed plugin that is ours but for one hook, and the environment that makes SGLang load it instead."""
-    (folder / "broken_kvtuner.py").write_text(f"""
-from kvtuner_sglang.plugin import entry
-
-def register():
+    return other_plugin(folder, f"""
     kept = tuple(h for h in entry.HOOKS if {hook!r} not in h[0])
     assert len(kept) == len(entry.HOOKS) - 1
     entry.HOOKS = kept
+""")
+
+
+def plugin_of_version(version: str, folder: Path) -> dict[str, str]:
+    """An installed plugin that is ours but calls itself another version."""
+    return other_plugin(folder, f"    kvtuner_sglang.__version__ = {version!r}")
+
+
+def other_plugin(folder: Path, changes: str) -> dict[str, str]:
+    (folder / "broken_kvtuner.py").write_text(f"""
+import kvtuner_sglang
+from kvtuner_sglang.plugin import entry
+
+def register():
+{changes}
     entry.register()
 """)
     info = folder / "broken_kvtuner-1.dist-info"
@@ -97,6 +109,15 @@ def test_a_hook_that_did_not_take(tiny_model, tmp_path, hook, sentence):
     ],
 )
 def test_nodes_that_differ(tiny_model, tmp_path, other, environment, sentence):
+    refuse_two_nodes(tiny_model, tmp_path, other, environment, sentence)
+
+
+def test_nodes_of_different_versions(tiny_model, tmp_path):
+    environment = plugin_of_version("0.0.9", tmp_path)
+    refuse_two_nodes(tiny_model, tmp_path, QUANTIZED, environment, "package_version '0.0.9'")
+
+
+def refuse_two_nodes(tiny_model, tmp_path, other, environment, sentence):
     port = free_port()
     flags = [two_nodes(port, *QUANTIZED, rank=0), two_nodes(port, *other, rank=1)]
     with nodes(tiny_model, flags, tmp_path, environments=[{}, environment]) as started:

@@ -1,6 +1,7 @@
 """`python run.py` as a user calls it: the seed's topology for real, its record, its report, and a sweep's table."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,9 +22,14 @@ SHORT = [
 ]
 
 
-def run(*words: str, timeout_s: int = 400) -> subprocess.CompletedProcess[str]:
+def run(*words: str, timeout_s: int = 400, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, str(ROOT / "run.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**os.environ, **environment},
     )
 
 
@@ -101,3 +107,15 @@ def test_a_sweep_names_the_job_that_failed(tmp_path):
     (summary,) = tmp_path.glob("sweeps/*/summary.md")
     assert "failed" in summary.read_text()
     assert servers_of(tmp_path) == []
+
+
+def test_a_broken_wandb_is_named_in_a_record_that_is_ok(tmp_path):
+    broken = tmp_path / "broken" / "wandb"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise ImportError("this W&B is broken")\n')
+    done = run("quant=kv4", f"runs_dir={tmp_path / 'runs'}", *SHORT, PYTHONPATH=str(broken.parent))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/record.json"))
+    assert record["status"] == "ok"
+    assert record["tracking"]["status"] == "failed"
+    assert "this W&B is broken" in record["tracking"]["reason"]

@@ -41,6 +41,11 @@ def test_quantization_brings_its_own_backend_and_page(llama):
     assert token.page_size == 1
 
 
+def test_a_residual_window_is_refused_with_the_reason(llama):
+    assert "prefix cache shares pages" in refusal(llama, *QUANTIZED, "--kvtuner-residual-length", "128")
+    assert start(llama, *QUANTIZED, "--kvtuner-residual-length", "0")
+
+
 def test_without_quantization_sglang_is_left_alone(llama):
     for words in ([], ["--enable-kvtuner-quant=False", "--kvtuner-kv-gib", "1"]):
         args = start(llama, *words)

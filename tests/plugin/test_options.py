@@ -68,6 +68,7 @@ def test_argparse_refuses_what_does_not_exist(words, capsys):
         {"kvtuner_kv_gib": 0},
         {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 16, "kvtuner_nbits_value": 16},
         {"kvtuner_kv_noise": 2},
+        {"kvtuner_residual_length": 128},
     ],
 )
 def test_engine_keywords_are_checked(keywords):

@@ -35,6 +35,7 @@ def ask(folder, plan, page, cache, bound, said):
     return ensure_probed(
         model_name="tiny", model_path=folder, model_sha256="ab" * 32, plan_name="some", plan=plan, page_size=page,
         tokens=256, bound=bound, device="cpu", dtype=torch.float32, cache_dir=cache, say=said.append,
+        measure=probe_module.probe,
     )
 
 

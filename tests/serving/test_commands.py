@@ -49,6 +49,12 @@ def test_all_flags_of_the_default_server(compose, checkpoint_shape) -> None:
     assert not {"nnodes", "node-rank", "dist-init-addr", "attention-backend"} & set(flags(command))
 
 
+def test_a_page_size_is_passed_on_when_chosen(compose, checkpoint_shape) -> None:
+    config = compose("quant=kv4", "quant.page_size=128", "server.device=cpu")
+    (command,) = node_commands(config, checkpoint_shape, Ports((30000,), None), HEARTBEAT)
+    assert flags(command)["page-size"] == "128"
+
+
 def test_full_precision_has_the_same_budget_and_sglangs_own_backend(compose, checkpoint_shape) -> None:
     config = compose("quant=bf16", "server.device=cpu")
     (command,) = node_commands(config, checkpoint_shape, Ports((30000,), None), HEARTBEAT)

@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 BACKEND = "kvtuner"
 SUPPORTED_SGLANG = ("0.5.17",)
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-CHANNEL_PAGE_SIZES = (64, 128)
-TOKEN_PAGE_SIZES = (1,)
-KEY_AXIS_NAMES = ("per token", "per channel")
 CPU_MAX_RUNNING_REQUESTS = 8
 CUDA_MAX_RUNNING_REQUESTS = 64
 GRAPH_ARGUMENTS = ("cuda_graph_backend_decode", "cuda_graph_backend_prefill")
@@ -33,6 +30,7 @@ ALLOWED_ARGUMENTS = frozenset((
     "random_seed", "stream_interval", "watchdog_timeout", "soft_watchdog_timeout", "decode_log_interval",
     "skip_server_warmup", "warmups", "disable_custom_all_reduce", "disable_overlap_schedule", "disable_radix_cache",
     "grammar_backend", "sampling_backend", "attention_backend", "page_size", "disable_cuda_graph",
+    "enable_mixed_chunk",
 ))
 
 _from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)
@@ -80,8 +78,9 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
         raise ConfigError(f"--attention-backend {kwargs['attention_backend']} cannot read packed pages: leave it out, "
                           "so that kvtuner's own backend is used.")
     on_cpu = kwargs.get("device") == "cpu" or not torch.cuda.is_available()
-    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": _page_size(kwargs, options)}
-    if options.kv_format().key.per_channel and kwargs.get("max_running_requests") is None:
+    fmt = options.kv_format()
+    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": fmt.page_tokens(kwargs.get("page_size"))}
+    if fmt.key.per_channel and kwargs.get("max_running_requests") is None:
         requests = CPU_MAX_RUNNING_REQUESTS if on_cpu else CUDA_MAX_RUNNING_REQUESTS
         logger.warning("kvtuner: --max-running-requests is not set; each running request keeps a page in full "
                        "precision, so it is limited to %d.", requests)
@@ -90,16 +89,6 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
         logger.warning("kvtuner: the reference backend cannot be captured, so CUDA graphs are off.")
         changes |= dict.fromkeys(GRAPH_ARGUMENTS, "disabled")
     return {**kwargs, **changes}
-
-
-def _page_size(kwargs: dict[str, Any], options: KvtunerOptions) -> int:
-    """The page that the key format needs, unless the user chose another one that fits it."""
-    allowed = CHANNEL_PAGE_SIZES if options.kv_format().key.per_channel else TOKEN_PAGE_SIZES
-    given = kwargs.get("page_size")
-    if given is not None and given not in allowed:
-        raise ConfigError(f"--page-size {given} does not fit keys stored {KEY_AXIS_NAMES[options.kvtuner_axis_key]}: "
-                          f"leave it out or choose {' or '.join(map(str, allowed))}.")
-    return given or allowed[0]
 
 
 def _default(field: Any) -> Any:

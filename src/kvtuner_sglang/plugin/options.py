@@ -26,6 +26,7 @@ class KvtunerOptions:
     kvtuner_axis_value: int = 0
     kvtuner_q_group_size: int | None = None
     kvtuner_asym: bool = True
+    kvtuner_residual_length: int = 0
     kvtuner_kv_gib: float | None = None
     kvtuner_heartbeat_dir: str | None = None
     kvtuner_logits_dir: str | None = None
@@ -34,6 +35,10 @@ class KvtunerOptions:
     def __post_init__(self) -> None:
         if self.kvtuner_kv_gib is not None and not self.kvtuner_kv_gib > 0:
             raise ConfigError(f"--kvtuner-kv-gib {self.kvtuner_kv_gib} holds nothing: give GiB per rank above 0.")
+        if self.kvtuner_residual_length:
+            raise ConfigError(f"--kvtuner-residual-length {self.kvtuner_residual_length} cannot be kept: the prefix "
+                              "cache shares pages, which have no full-precision copy, and a window does not rescue "
+                              "models with outlier keys; give 0 and use --kvtuner-axis-key 1.")
         if not 0 <= self.kvtuner_kv_noise < 1:
             raise ConfigError(f"--kvtuner-kv-noise {self.kvtuner_kv_noise} is a relative noise: give 0 to below 1.")
         if self.enabled and not self.kv_format().quantized:
@@ -98,6 +103,8 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
                        help="Channels that share a scale on axis 0; must divide head_dim. Default: the whole head.")
     group.add_argument("--kvtuner-asym", type=_boolean, nargs="?", const=True, default=True, metavar="True|False",
                        help="Asymmetric (scale and zero) or symmetric (scale). Default: True.")
+    group.add_argument("--kvtuner-residual-length", type=int, default=0,
+                       help="Recent tokens in full precision: only 0, the page in progress aside. Default: 0.")
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,
                        help="Bytes for keys and values per rank in GiB, honoured for full precision too. "
                             "Default: what --mem-fraction-static gives; on CPU 1 GiB.")

@@ -150,8 +150,8 @@ def measure(subject: Subject, quant: QuantConfig, config: QualityConfig, *, seed
     plain = engine_spec(subject, prompts, config, {"kvtuner_kv_gib": config.kv_gib}, seed, chunked_prefill_tokens)
     reference_dir, reference = full_precision(plain, subject.model_sha256, cache_dir, config.timeout_s,
                                               work_dir / "full_precision.log", say)
-    spec = replace(plain, plugin=plugin_keywords(quant, config.kv_gib, kv_noise), out_dir=str(work_dir),
-                   reference_dir=str(reference_dir), port=_free_port())
+    spec = replace(plain, plugin=plugin_keywords(quant, config.kv_gib, kv_noise), page_size=quant.page_size,
+                   out_dir=str(work_dir), reference_dir=str(reference_dir), port=_free_port())
     say(f"{quant.name}: starting an engine")
     result = run_engine(spec, config.timeout_s, work_dir / "quantized.log", lambda line: say(f"{quant.name}: {line}"))
     shutil.rmtree(work_dir / "passes", ignore_errors=True)

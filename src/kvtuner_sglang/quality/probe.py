@@ -1,12 +1,15 @@
 """Before a model and plan are first served: compare full and quantized logits on a few tokens, and refuse a collapse.
 
-Runs in the transformers path on the device that will serve.  The verdict is cached by the checkpoint's sha256 and the
-plan, so it costs its minute once.
+Runs in the transformers path on the device that will serve, in a process of its own, whose memory is free again when
+the server starts.  The verdict is cached by the checkpoint's sha256 and the plan, so it costs its time once.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -74,15 +77,27 @@ def probe(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: in
     return ProbeResult(kl, agreement, len(window), worst)
 
 
+def probe_in_own_process(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
+                         dtype: torch.dtype) -> ProbeResult:
+    """`probe`, and its memory given back; raises UserError if the process dies."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(probe, model_path, plan, page_size, tokens, device, dtype).result()
+        except BrokenProcessPool as error:
+            raise UserError("the probe's process died, probably for want of memory: free some, or set "
+                            "quality.probe=false.") from error
+
+
 def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_name: str, plan: Sequence[KVFormat],
                   page_size: int, tokens: int, bound: float, device: str, dtype: torch.dtype, cache_dir: Path,
-                  say: Callable[[str], None]) -> ProbeResult:
+                  say: Callable[[str], None],
+                  measure: Callable[..., ProbeResult] = probe_in_own_process) -> ProbeResult:
     """The verdict, from the cache or measured now; raises UserError, one sentence, if its KL is above `bound`."""
     path = probe_file(cache_dir, model_sha256, plan, page_size, tokens)
     result = _cached(path)
     if result is None:
         say(f"probe: comparing full and quantized logits of {model_name} on {tokens} tokens, once for this plan")
-        result = probe(model_path, plan, page_size, tokens, device, dtype)
+        result = measure(model_path, plan, page_size, tokens, device, dtype)
         path.write_text(json.dumps(asdict(result)))
     if not result.kl <= bound:
         raise UserError(result.refusal(model_name, plan_name, bound))

@@ -17,6 +17,8 @@ SUPPORTED_BITS = (16, 8, 4, 2)
 PER_TOKEN = 0
 PER_CHANNEL = 1
 METADATA_BYTES = 2  # scale and zero are fp16
+CHANNEL_PAGE_SIZES = (64, 128)  # tokens; the first is the default
+TOKEN_PAGE_SIZES = (1,)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,15 @@ class KVFormat:
     @property
     def quantized(self) -> bool:
         return self.key.quantized or self.value.quantized
+
+    def page_tokens(self, chosen: int | None) -> int:
+        """Tokens of a page: `chosen`, or this format's default; raises ConfigError if it cannot have that."""
+        allowed = CHANNEL_PAGE_SIZES if self.key.per_channel else TOKEN_PAGE_SIZES
+        if chosen is not None and chosen not in allowed:
+            how = "per channel" if self.key.per_channel else "per token"
+            raise ConfigError(f"--page-size {chosen} does not fit keys stored {how}: leave it out or choose "
+                              f"{' or '.join(map(str, allowed))}.")
+        return chosen or allowed[0]
 
     def describe(self) -> str:
         return f"K {self.key.describe()}; V {self.value.describe()}"

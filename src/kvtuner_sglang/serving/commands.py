@@ -112,6 +112,8 @@ def _server_flags(config: RunConfig, device: Device) -> list[str]:
         "--random-seed", str(config.seed),
         "--log-level-http", "warning",
     ]
+    if config.quant.page_size is not None:
+        flags += ["--page-size", str(config.quant.page_size)]
     if device == "cpu":
         flags += cpu_server_arguments()
         if not config.quant.enabled:  # with quantization the plugin brings its own

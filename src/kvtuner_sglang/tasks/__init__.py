@@ -20,10 +20,9 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
 
         return quality.run(config, overrides, say)
     if config.task == "probe":
-        from kvtuner_sglang.tasks import quality
+        from kvtuner_sglang.tasks import probe
 
-        quality.probe(config, say)
-        return Outcome(config.run_dir, "ok", skipped=False, reason=None)
+        return probe.run(config, say)
     from kvtuner_sglang.tasks import serve
 
     return serve.run(config, overrides, say)

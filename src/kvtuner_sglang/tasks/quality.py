@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
 from kvtuner_sglang.evidence import sweep, tracking
@@ -18,7 +16,6 @@ from kvtuner_sglang.measure.memory import kv_record
 from kvtuner_sglang.quality.engine_process import engine_command, engine_environment
 from kvtuner_sglang.quality.figures import QualityFigures, describe, figures, samples
 from kvtuner_sglang.quality.measure import Quality, Subject, measure
-from kvtuner_sglang.quality.probe import ensure_probed
 from kvtuner_sglang.quant import format_hash, uniform_plan
 from kvtuner_sglang.serving.cache_folder import cache_folder
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
@@ -27,7 +24,6 @@ from kvtuner_sglang.serving.device import serving_device
 from kvtuner_sglang.tasks.run_directory import run_directory
 
 Say = Callable[[str], None]
-CHANNEL_PAGE_TOKENS = 64
 
 
 def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
@@ -66,23 +62,6 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     else:
         say(f"  {status}: {reason}")
     return Outcome(config.run_dir, status, skipped=False, reason=reason)
-
-
-def probe(config: RunConfig, say: Say) -> None:
-    """task=probe, and the first thing before a model and plan are served; raises UserError above the bound."""
-    if not config.quant.enabled:
-        return
-    checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
-    fmt = config.quant.kv_format()
-    device = serving_device(config.server)
-    dtype_name = config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda
-    ensure_probed(
-        model_name=config.model.name, model_path=checkpoint.path, model_sha256=checkpoint.sha256,
-        plan_name=config.quant.name, plan=uniform_plan(fmt, checkpoint.layers),
-        page_size=CHANNEL_PAGE_TOKENS if fmt.key.per_channel else 1, tokens=config.quality.probe_tokens,
-        bound=config.quality.probe_bound, device=device, dtype=getattr(torch, dtype_name),
-        cache_dir=cache_folder("probe"), say=say,
-    )
 
 
 def subject_of(config: RunConfig, checkpoint: Checkpoint) -> Subject:

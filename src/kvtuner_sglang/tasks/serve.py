@@ -17,6 +17,7 @@ from kvtuner_sglang.report.markdown import write_report
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.cluster import running_cluster
 from kvtuner_sglang.serving.commands import NodeCommand
+from kvtuner_sglang.tasks.probe import require_probed
 from kvtuner_sglang.tasks.run_directory import run_directory
 
 Say = Callable[[str], None]
@@ -40,6 +41,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     """
     say(f"{config.run_dir}")
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    if config.quality.probe:
+        require_probed(config, checkpoint, say)
     with run_directory(config.run_dir):
         attempt = _Attempt(started=utc_now())
         with SampleLog(config.run_dir) as log:

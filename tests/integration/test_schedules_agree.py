@@ -1,0 +1,168 @@
+"""32 requests behind kv4, however the engine schedules them.
+
+Where the matrix shapes are the same (a warm prefix cache after a cold one) texts are equal and log-probabilities agree
+within 1e-4.  Other shapes (whole prompts in one chunk, batches of 16, mixed chunks under the overlap schedule, forced
+retractions, four ranks) move codes by float noise; how much is measured first: the same requests with keys and values
+perturbed by 1e-6, relative.  Only tokens whose earlier tokens are all equal are compared.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import requests
+from launch import free_port, nodes, wait_ready
+
+from kvtuner_sglang.quality import transformers_path
+from kvtuner_sglang.quality.prose import prose_windows
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAGE = 32, 180, 24, 64
+AT_ONCE = 16
+NOISE = 1e-6
+SAME_SHAPES = 1e-4
+FLAGS = (
+    "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "0.75",
+    "--max-running-requests", str(AT_ONCE), "--context-length", "2048",
+)
+CHUNKS = ("--chunked-prefill-size", str(PAGE))
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+
+pytestmark = pytest.mark.slow  # seven servers, a quarter of an hour on two cores
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    log_probabilities: list[float]
+    cached: int
+    retractions: int
+
+
+def ask(url: str, prompts: list[list[int]], at_once: int = 1) -> list[Answer]:
+    """Greedy continuations, `at_once` requests in flight."""
+
+    def one(prompt: list[int]) -> Answer:
+        body = {"input_ids": prompt, "return_logprob": True,
+                "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}}
+        reply = requests.post(f"{url}/generate", json=body, timeout=300)
+        assert reply.status_code == 200, reply.text
+        meta = reply.json()["meta_info"]
+        assert meta["completion_tokens"] == NEW_TOKENS
+        values, tokens, _ = zip(*meta["output_token_logprobs"], strict=True)
+        return Answer(list(tokens), list(values), meta["cached_tokens"], meta.get("num_retractions", 0))
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(one, prompts))
+
+
+def moved(some: list[Answer], others: list[Answer]) -> np.ndarray:
+    """|difference| of log-probabilities of all tokens before which both texts are equal."""
+    differences = []
+    for a, b in zip(some, others, strict=True):
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.tokens, b.tokens, strict=True))
+        pairs = zip(a.log_probabilities, b.log_probabilities, strict=True)
+        differences += [abs(x - y) for (x, y), _ in zip(pairs, same, strict=False)]
+    assert len(differences) > PROMPTS * NEW_TOKENS / 4, "too few tokens are left to compare"
+    return np.array(differences)
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint) -> list[list[int]]:
+    """The same text at 32 starts: windows overlap, but no two share a page from their first token on."""
+    tokenizer = transformers_path.load_tokenizer(checkpoint.path)
+    text = prose_windows(tokenizer, 5400, 5400)[0]
+    return [text[start : start + PROMPT_TOKENS] for start in range(0, PROMPTS * 160, 160)]
+
+
+@pytest.fixture(scope="module")
+def serve(checkpoint, tmp_path_factory):
+    @contextlib.contextmanager
+    def server(*words: str, environment: dict[str, str] | None = None, arguments: tuple[str, ...] | None = None
+               ) -> Iterator[str]:
+        logs = tmp_path_factory.mktemp("logs")
+        extra = {} if arguments is None else {"arguments": arguments}
+        with nodes(checkpoint.path, [[*FLAGS, *words]], logs, environments=[environment or {}], **extra) as started:
+            wait_ready(started[0], 180)
+            yield started[0].url
+
+    return server
+
+
+@pytest.fixture(scope="module")
+def alone(serve, prompts) -> tuple[list[Answer], list[Answer], list[Answer]]:
+    """One server with chunks of a page: one by one with a cold cache, again with a warm one, then 16 at once."""
+    with serve(*CHUNKS) as url:
+        cold = ask(url, prompts)
+        warm = ask(url, prompts)
+        requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+        return cold, warm, ask(url, prompts, AT_ONCE)
+
+
+@pytest.fixture(scope="module")
+def floor(serve, prompts, alone) -> tuple[float, float]:
+    """Mean and maximum of what relative noise of 1e-6 on keys and values does."""
+    with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE)) as url:
+        differences = moved(alone[0], ask(url, prompts))
+    assert differences.mean() > 1e-4, "without quantized pages in view this test says nothing"
+    return float(differences.mean()), float(differences.max())
+
+
+@pytest.fixture
+def within_the_floor(alone, floor, record_property):
+    def check(name: str, answers: list[Answer]) -> None:
+        differences = moved(alone[0], answers)
+        equal = sum(a.tokens == b.tokens for a, b in zip(alone[0], answers, strict=True))
+        found = {"floor_mean": floor[0], "floor_max": floor[1], "mean": differences.mean(), "max": differences.max(),
+                 "tokens": len(differences), "texts_equal": equal}
+        print(name, json.dumps({key: float(f"{value:.4g}") for key, value in found.items()}))  # noqa: T201
+        record_property(name, found)
+        assert differences.mean() <= 2 * floor[0]
+        assert differences.max() <= 2 * floor[1]
+
+    return check
+
+
+def test_a_warm_cache_changes_nothing(alone):
+    cold, warm, _ = alone
+    assert all(answer.cached == 0 for answer in cold)
+    assert all(answer.cached >= PAGE for answer in warm)
+    assert [a.tokens for a in warm] == [a.tokens for a in cold]
+    assert moved(cold, warm).max() <= SAME_SHAPES
+
+
+def test_a_batch_of_sixteen(alone, within_the_floor):
+    within_the_floor("batch", alone[2])
+
+
+def test_whole_prompts_in_one_chunk(serve, prompts, within_the_floor):
+    with serve("--chunked-prefill-size", "2048") as url:
+        within_the_floor("one chunk", ask(url, prompts))
+
+
+def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, within_the_floor):
+    with serve(*CHUNKS, "--enable-mixed-chunk", arguments=("--grammar-backend", "none")) as url:
+        info = requests.get(f"{url}/server_info", timeout=20).json()
+        assert info["disable_overlap_schedule"] is False
+        assert info["enable_mixed_chunk"] is True
+        within_the_floor("mixed, overlap", ask(url, prompts, AT_ONCE))
+
+
+def test_forced_retractions(serve, prompts, within_the_floor):
+    with serve(*CHUNKS, environment=RETRACTING) as url:
+        answers = ask(url, prompts, AT_ONCE)
+    assert sum(answer.retractions for answer in answers) >= PROMPTS / 4
+    within_the_floor("retracted", answers)
+
+
+def test_four_ranks_in_two_nodes(checkpoint, prompts, tmp_path, within_the_floor):
+    words = [*FLAGS, *CHUNKS, "--tp-size", "2", "--pp-size", "2", "--nnodes", "2",
+             "--dist-init-addr", f"127.0.0.1:{free_port()}", "--disable-custom-all-reduce"]
+    flags = [[*words, "--node-rank", str(rank)] for rank in (0, 1)]
+    with nodes(checkpoint.path, flags, tmp_path, tp=2) as started:
+        wait_ready(started[0], 240)
+        within_the_floor("tp2pp2", ask(started[0].url, prompts))
