@@ -9,6 +9,7 @@ perturbed by 1e-6, relative.  Only tokens whose earlier tokens are all equal are
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import requests
-from launch import free_port, nodes, wait_ready
+from launch import Node, free_port, nodes, wait_ready
 
 from kvtuner_sglang.quality import transformers_path
 from kvtuner_sglang.quality.prose import prose_windows
@@ -26,7 +27,7 @@ AT_ONCE = 16
 NOISE = 1e-6
 SAME_SHAPES = 1e-4
 FLAGS = (
-    "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "0.75",
+    "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "1.25",
     "--max-running-requests", str(AT_ONCE), "--context-length", "2048",
 )
 CHUNKS = ("--chunked-prefill-size", str(PAGE))
@@ -83,31 +84,39 @@ def prompts(checkpoint) -> list[list[int]]:
 def serve(checkpoint, tmp_path_factory):
     @contextlib.contextmanager
     def server(*words: str, environment: dict[str, str] | None = None, arguments: tuple[str, ...] | None = None
-               ) -> Iterator[str]:
+               ) -> Iterator[Node]:
         logs = tmp_path_factory.mktemp("logs")
         extra = {} if arguments is None else {"arguments": arguments}
         with nodes(checkpoint.path, [[*FLAGS, *words]], logs, environments=[environment or {}], **extra) as started:
             wait_ready(started[0], 180)
-            yield started[0].url
+            yield started[0]
 
     return server
+
+
+def require_batches(node: Node) -> None:
+    """Many requests must have run together, or a comparison of batches says nothing."""
+    running = [int(n) for n in re.findall(r"#running-req: (\d+)", node.text())]
+    assert max(running) >= AT_ONCE / 2, running
 
 
 @pytest.fixture(scope="module")
 def alone(serve, prompts) -> tuple[list[Answer], list[Answer], list[Answer]]:
     """One server with chunks of a page: one by one with a cold cache, again with a warm one, then 16 at once."""
-    with serve(*CHUNKS) as url:
-        cold = ask(url, prompts)
-        warm = ask(url, prompts)
-        requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
-        return cold, warm, ask(url, prompts, AT_ONCE)
+    with serve(*CHUNKS) as node:
+        cold = ask(node.url, prompts)
+        warm = ask(node.url, prompts)
+        requests.post(f"{node.url}/flush_cache", timeout=60).raise_for_status()
+        batched = ask(node.url, prompts, AT_ONCE)
+        require_batches(node)
+        return cold, warm, batched
 
 
 @pytest.fixture(scope="module")
 def floor(serve, prompts, alone) -> tuple[float, float]:
     """Mean and maximum of what relative noise of 1e-6 on keys and values does."""
-    with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE)) as url:
-        differences = moved(alone[0], ask(url, prompts))
+    with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE)) as node:
+        differences = moved(alone[0], ask(node.url, prompts))
     assert differences.mean() > 1e-4, "without quantized pages in view this test says nothing"
     return float(differences.mean()), float(differences.max())
 
@@ -140,21 +149,26 @@ def test_a_batch_of_sixteen(alone, within_the_floor):
 
 
 def test_whole_prompts_in_one_chunk(serve, prompts, within_the_floor):
-    with serve("--chunked-prefill-size", "2048") as url:
-        within_the_floor("one chunk", ask(url, prompts))
+    with serve("--chunked-prefill-size", "2048") as node:
+        within_the_floor("one chunk", ask(node.url, prompts))
 
 
 def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, within_the_floor):
-    with serve(*CHUNKS, "--enable-mixed-chunk", arguments=("--grammar-backend", "none")) as url:
-        info = requests.get(f"{url}/server_info", timeout=20).json()
+    # A chunk of one page has no room beside a decoding request.
+    flags = ("--chunked-prefill-size", str(3 * PAGE), "--enable-mixed-chunk")
+    with serve(*flags, arguments=("--grammar-backend", "none")) as node:
+        info = requests.get(f"{node.url}/server_info", timeout=20).json()
         assert info["disable_overlap_schedule"] is False
         assert info["enable_mixed_chunk"] is True
-        within_the_floor("mixed, overlap", ask(url, prompts, AT_ONCE))
+        answers = ask(node.url, prompts, AT_ONCE)
+        require_batches(node)
+    within_the_floor("mixed, overlap", answers)
 
 
 def test_forced_retractions(serve, prompts, within_the_floor):
-    with serve(*CHUNKS, environment=RETRACTING) as url:
-        answers = ask(url, prompts, AT_ONCE)
+    with serve(*CHUNKS, environment=RETRACTING) as node:
+        answers = ask(node.url, prompts, AT_ONCE)
+        require_batches(node)
     assert sum(answer.retractions for answer in answers) >= PROMPTS / 4
     within_the_floor("retracted", answers)
 
