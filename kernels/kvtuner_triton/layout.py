@@ -7,6 +7,9 @@ A page holds `page_size` tokens of every kv head of the rank.  For keys, and aga
     meta    per token   (pages, kv_heads, page_size, groups, m)  fp16
             per channel (pages, kv_heads, m, head_dim)           fp16
             m = 2: scale, zero (asymmetric); m = 1: scale (symmetric)
+    extra   (pages, kv_heads, page_size, head_dim / 16 * bits / 8)   uint8, boosted keys only
+            second halves of the codes of boosted channels, in the order of the channels; the first halves are in
+            `codes`, and the sign bit of such a channel's scale is set
 
 16-bit tensors have codes of the model's dtype, (pages, kv_heads, page_size, head_dim), and no meta.
 One (page, head) is contiguous: a kernel reads it as one block.  Page 0 is padding: writes of padded tokens land there.
@@ -21,11 +24,12 @@ from kvtuner_sglang.quant import KVShape, TensorFormat
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """Pages of keys, or of values, of one layer. `meta` is None when the format is 16 bit."""
+    """Pages of keys, or of values, of one layer. `meta` is None for 16 bit, `extra` for all but boosted keys."""
 
     fmt: TensorFormat
     codes: torch.Tensor
-    meta: torch.Tensor | None
+    meta: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -33,7 +37,7 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + (self.meta.nbytes if self.meta is not None else 0)
+        return sum(t.nbytes for t in (self.codes, self.meta, self.extra) if t is not None)
 
 
 def allocate(fmt: TensorFormat, shape: KVShape, pages: int, dtype: torch.dtype, device: str) -> PackedTensor:
@@ -41,12 +45,17 @@ def allocate(fmt: TensorFormat, shape: KVShape, pages: int, dtype: torch.dtype, 
     head = (pages, shape.kv_heads)
     if not fmt.quantized:
         codes = torch.zeros((*head, shape.page_size, shape.head_dim), dtype=dtype, device=device)
-        return PackedTensor(fmt, codes, None)
-    width = fmt.code_bytes(shape.head_dim, shape.itemsize)
+        return PackedTensor(fmt, codes)
+    extra_width = fmt.boost_bytes(shape.head_dim)
+    width = fmt.code_bytes(shape.head_dim, shape.itemsize) - extra_width
     codes = torch.zeros((*head, shape.page_size, width), dtype=torch.uint8, device=device)
     values = fmt.metadata_values
     if fmt.per_channel:
         meta_shape = (*head, values, shape.head_dim)
     else:
         meta_shape = (*head, shape.page_size, fmt.groups(shape.head_dim), values)
-    return PackedTensor(fmt, codes, torch.zeros(meta_shape, dtype=torch.float16, device=device))
+    meta = torch.zeros(meta_shape, dtype=torch.float16, device=device)
+    extra = None
+    if fmt.boosted:
+        extra = torch.zeros((*head, shape.page_size, extra_width), dtype=torch.uint8, device=device)
+    return PackedTensor(fmt, codes, meta, extra)

@@ -8,6 +8,12 @@ Symmetric:                            scale = fp16(max |x| / (2^(b-1) - 1)),
                                       x' = (code - 2^(b-1)) * scale
 All arithmetic is fp32; codes are taken against the rounded fp16 scale and zero, so rounding those costs no accuracy
 twice.  A scale that rounds to zero means a constant group: code 0 (symmetric: 2^(b-1)), x' = zero (symmetric: 0).
+
+Boosted keys: of each page and kv head the head_dim / 16 channels c with the largest w_c (max k_c - min k_c)^2 are
+quantized to 2b bits.  w_c is the sum of q_c^2 over the query heads of the kv head at the page's last position, so
+w_c times the squared step is what rounding channel c adds to the attention scores.  It depends on the page's own
+tokens alone, needs no calibration, and is known in the step that completes the page.  Such a code is stored in two
+halves, and the sign bit of the channel's scale, which is never negative, says so.
 """
 
 import torch
@@ -60,26 +66,81 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
 
 
-def encode(fmt: TensorFormat, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes and metadata of x: (..., tokens, head_dim) in the layout of layout.py.
+Encoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
-    Per channel the tokens of x must be one whole page: its minimum and maximum are the group's.
+
+def encode(fmt: TensorFormat, x: torch.Tensor, weight: torch.Tensor | None = None) -> Encoded:
+    """Packed codes, metadata and second halves (or None) of x: (..., tokens, head_dim) in the layout of layout.py.
+
+    Per channel the tokens of x must be one whole page: its minimum and maximum are the group's.  Boosted keys need
+    weight: (..., head_dim), see score_weights.
     """
+    if fmt.boosted:
+        return _encode_boosted(fmt, x, weight)
     if fmt.per_channel:
         codes, meta = quantize(x.transpose(-1, -2), fmt.bits, symmetric=fmt.symmetric)
-        return pack(codes.transpose(-1, -2), fmt.bits), meta.transpose(-1, -2)
+        return pack(codes.transpose(-1, -2), fmt.bits), meta.transpose(-1, -2), None
     groups = fmt.groups(x.shape[-1])
     codes, meta = quantize(x.unflatten(-1, (groups, -1)), fmt.bits, symmetric=fmt.symmetric)
-    return pack(codes.flatten(-2), fmt.bits), meta
+    return pack(codes.flatten(-2), fmt.bits), meta, None
 
 
-def decode(fmt: TensorFormat, packed: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+def decode(fmt: TensorFormat, packed: torch.Tensor, meta: torch.Tensor,
+           extra: torch.Tensor | None = None) -> torch.Tensor:
     """The inverse of encode: (..., tokens, head_dim) fp32."""
     codes = unpack(packed, fmt.bits)
+    if fmt.boosted:
+        return _decode_boosted(fmt, codes, meta, extra)
     if fmt.per_channel:
         return dequantize(codes.transpose(-1, -2), meta.transpose(-1, -2), fmt.bits).transpose(-1, -2)
     groups = meta.shape[-2]
     return dequantize(codes.unflatten(-1, (groups, -1)), meta, fmt.bits).flatten(-2)
+
+
+def score_weights(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """q (..., q_heads, head_dim) at the last position of pages -> (..., kv_heads, head_dim) fp32: sum of squares."""
+    return q.float().unflatten(-2, (kv_heads, -1)).square().sum(-2)
+
+
+def most_important(x: torch.Tensor, weight: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The `count` channels of pages x (..., tokens, head_dim) to boost, (..., count) ascending; ties: the lower."""
+    if weight is None:
+        raise ValueError("boosted keys need the weights of their channels")
+    low, high = x.float().aminmax(dim=-2)
+    order = (weight * (high - low).square()).argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(-1).values
+
+
+def _encode_boosted(fmt: TensorFormat, x: torch.Tensor, weight: torch.Tensor | None) -> Encoded:
+    chosen = most_important(x, weight, fmt.boosted_channels(x.shape[-1]))[..., None]
+    channels = x.transpose(-1, -2)
+    codes, meta = quantize(channels, fmt.bits, symmetric=fmt.symmetric)
+    fine, fine_meta = quantize(_take(channels, chosen), 2 * fmt.bits, symmetric=fmt.symmetric)
+    fine_meta[..., 0] = -fine_meta[..., 0]
+    codes = codes.scatter(-2, chosen.expand(fine.shape), fine >> fmt.bits)
+    meta = meta.scatter(-2, chosen.expand(fine_meta.shape), fine_meta)
+    halves = fine & (2**fmt.bits - 1)
+    return (pack(codes.transpose(-1, -2), fmt.bits), meta.transpose(-1, -2),
+            pack(halves.transpose(-1, -2), fmt.bits))
+
+
+def _decode_boosted(fmt: TensorFormat, codes: torch.Tensor, meta: torch.Tensor,
+                    extra: torch.Tensor | None) -> torch.Tensor:
+    if extra is None:
+        raise ValueError("boosted keys need the second halves of their codes")
+    channels, meta = codes.transpose(-1, -2), meta.transpose(-1, -2)
+    boosted = torch.signbit(meta[..., 0]).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    chosen = boosted[..., : fmt.boosted_channels(codes.shape[-1]), None]
+    fine = (_take(channels, chosen) << fmt.bits) | unpack(extra, fmt.bits).transpose(-1, -2)
+    fine_meta = _take(meta, chosen)
+    fine_meta[..., 0] = fine_meta[..., 0].abs()
+    coarse = dequantize(channels, meta, fmt.bits)
+    return coarse.scatter(-2, chosen.expand(fine.shape), dequantize(fine, fine_meta, 2 * fmt.bits)).transpose(-1, -2)
+
+
+def _take(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """x (..., head_dim, n) at channels (..., count, 1)."""
+    return x.gather(-2, channels.expand(*channels.shape[:-1], x.shape[-1]))
 
 
 def write_tokens(store: PackedTensor, page: torch.Tensor, offset: torch.Tensor, x: torch.Tensor) -> None:
@@ -87,25 +148,32 @@ def write_tokens(store: PackedTensor, page: torch.Tensor, offset: torch.Tensor, 
     if store.meta is None:
         store.codes[page, :, offset] = x.to(store.codes.dtype)
         return
-    codes, meta = encode(store.fmt, x)
+    codes, meta, _ = encode(store.fmt, x)
     store.codes[page, :, offset] = codes
     store.meta[page, :, offset] = meta
 
 
-def write_pages(store: PackedTensor, page: torch.Tensor, x: torch.Tensor) -> None:
-    """Store whole pages (any format). page: (n,) int64; x: (n, kv_heads, page_size, head_dim)."""
+def write_pages(store: PackedTensor, page: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+    """Store whole pages (any format).
+
+    page: (n,) int64; x: (n, kv_heads, page_size, head_dim); weight: (n, kv_heads, head_dim), for boosted keys.
+    """
     if store.meta is None:
         store.codes[page] = x.to(store.codes.dtype)
         return
-    codes, meta = encode(store.fmt, x)
-    store.codes[page] = codes
-    store.meta[page] = meta
+    store.codes[page], store.meta[page], extra = encode(store.fmt, x, weight)
+    if store.extra is not None:
+        store.extra[page] = extra
 
 
 def read_pages(store: PackedTensor, page: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Pages as attention sees them: page (n,) int64 -> (kv_heads, n * page_size, head_dim) in `dtype`."""
     codes = store.codes[page]
-    x = codes.to(dtype) if store.meta is None else decode(store.fmt, codes, store.meta[page]).to(dtype)
+    if store.meta is None:
+        x = codes.to(dtype)
+    else:
+        extra = None if store.extra is None else store.extra[page]
+        x = decode(store.fmt, codes, store.meta[page], extra).to(dtype)
     return x.transpose(0, 1).flatten(1, 2)
 
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quality.config import QualityConfig
-from kvtuner_sglang.quant import KVFormat, TensorFormat
+from kvtuner_sglang.quant import KVFormat, TensorFormat, kv_format
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -47,6 +47,7 @@ class QuantConfig:
     axis_value: Literal[0, 1]
     group_size: PositiveInt | None
     asym: bool
+    key_boost: bool
     page_size: PositiveInt | None
 
     @property
@@ -58,10 +59,9 @@ class QuantConfig:
         """The format of every layer; 16-bit keys and values when disabled."""
         if not self.enabled:
             return KVFormat(TensorFormat(16), TensorFormat(16))
-        common = {"group_size": self.group_size, "symmetric": not self.asym}
-        return KVFormat(
-            TensorFormat(self.nbits_key, axis=self.axis_key, **common),
-            TensorFormat(self.nbits_value, axis=self.axis_value, **common),
+        return kv_format(
+            bits_key=self.nbits_key, bits_value=self.nbits_value, axis_key=self.axis_key, axis_value=self.axis_value,
+            group_size=self.group_size, asym=self.asym, key_boost=self.key_boost,
         )
 
 

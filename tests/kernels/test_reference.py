@@ -73,26 +73,64 @@ def test_a_constant_group_is_exact(value, bits):
 @pytest.mark.parametrize(
     "fmt",
     [TensorFormat(b, group_size=g, symmetric=s) for b in (8, 4, 2) for g in (None, 32) for s in (True, False)]
-    + [TensorFormat(4, axis=1), TensorFormat(2, axis=1, symmetric=True), TensorFormat(16)],
+    + [TensorFormat(4, axis=1), TensorFormat(2, axis=1, symmetric=True), TensorFormat(16)]
+    + [TensorFormat(b, axis=1, symmetric=s, boosted=True) for b in (4, 2) for s in (True, False)],
 )
 def test_pages_read_back_what_was_written_and_nothing_else(fmt):
     shape = KVShape(kv_heads=2, head_dim=64, itemsize=4, page_size=16)
     store = layout.allocate(fmt, shape, pages=5, dtype=torch.float32, device="cpu")
-    x = torch.randn(2, 2, 16, 64)
+    x, weight = torch.randn(2, 2, 16, 64), torch.rand(2, 2, 64)
     pages = torch.tensor([3, 1])
     if fmt.per_channel:
-        reference.write_pages(store, pages, x)
+        reference.write_pages(store, pages, x, weight)
     else:
         tokens = x.transpose(1, 2).reshape(32, 2, 64)
         order = torch.randperm(32)
         reference.write_tokens(
             store, pages.repeat_interleave(16)[order], torch.arange(16).repeat(2)[order], tokens[order]
         )
-    expected = x if not fmt.quantized else reference.decode(fmt, *reference.encode(fmt, x))
+    expected = x if not fmt.quantized else reference.decode(fmt, *reference.encode(fmt, x, weight))
     back = reference.read_pages(store, pages, torch.float32)
     assert torch.equal(back, expected.transpose(0, 1).flatten(1, 2))
     untouched = store.codes[[0, 2, 4]]
     assert not untouched.any()
+    assert store.extra is None or not store.extra[[0, 2, 4]].any()
+
+
+def slow_boosted(page: np.ndarray, weight: np.ndarray, bits: int, symmetric: bool) -> tuple[set[int], np.ndarray]:
+    """Boosted channels of one page (tokens, head_dim), and the page as read back, channel by channel."""
+    spread = page.max(0) - page.min(0)
+    order = sorted(range(page.shape[1]), key=lambda c: (-weight[c] * spread[c] * spread[c], c))
+    boosted = set(order[: page.shape[1] // 16])
+    back = np.empty_like(page)
+    for c in range(page.shape[1]):
+        b = 2 * bits if c in boosted else bits
+        codes, meta = slow_quantize(page[:, c], b, symmetric)
+        offset, zero = (2 ** (b - 1), np.float32(0)) if symmetric else (0, np.float32(meta[1]))
+        back[:, c] = [np.float32(code - offset) * np.float32(meta[0]) + zero for code in codes]
+    return boosted, back
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([4, 2]), st.booleans(), st.sampled_from([64, 128]), st.integers(0, 2**32 - 1))
+def test_the_channels_that_matter_most_have_twice_the_bits(bits, symmetric, head_dim, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 16, head_dim, generator=g) * torch.rand(3, 1, head_dim, generator=g) * 8
+    x[0, :, :5] = x[0, :1, :5]  # constant channels, which no weight makes important
+    weight = torch.rand(3, head_dim, generator=g).square() * 100
+    fmt = TensorFormat(bits, axis=1, symmetric=symmetric, boosted=True)
+    codes, meta, extra = reference.encode(fmt, x, weight)
+    back = reference.decode(fmt, codes, meta, extra)
+    for i in range(3):
+        boosted, expected = slow_boosted(x[i].numpy(), weight[i].numpy(), bits, symmetric)
+        assert set(torch.signbit(meta[i, 0]).nonzero()[:, 0].tolist()) == boosted
+        assert np.array_equal(back[i].numpy(), expected)
+
+
+def test_boosted_channels_that_are_constant_come_back_exactly():
+    fmt = TensorFormat(4, axis=1, boosted=True)
+    x = torch.full((1, 16, 64), 2.5)
+    assert torch.equal(reference.decode(fmt, *reference.encode(fmt, x, torch.ones(1, 64))), x)
 
 
 def test_allocated_bytes_are_the_formula():
@@ -103,6 +141,7 @@ def test_allocated_bytes_are_the_formula():
         TensorFormat(4, group_size=32),
         TensorFormat(2, axis=1),
         TensorFormat(4, symmetric=True),
+        TensorFormat(4, axis=1, boosted=True),
     ):
         store = layout.allocate(fmt, shape, pages=7, dtype=torch.float32, device="cpu")
         assert store.nbytes == 7 * 16 * shape.tensor_bytes_per_token(fmt)

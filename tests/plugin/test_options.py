@@ -93,6 +93,7 @@ def test_pop_leaves_sglangs_own_keywords():
             kvtuner_nbits_key=8,
             kvtuner_nbits_value=2,
             kvtuner_asym=False,
+            kvtuner_key_boost=False,
             kvtuner_q_group_size=32,
             kvtuner_kv_noise=1e-6,
             kvtuner_logits_dir="x",

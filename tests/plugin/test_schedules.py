@@ -17,7 +17,10 @@ from kvtuner_triton import reference
 
 PAGE = 8
 VOCABULARY = 50
-FORMATS = [KVFormat(TensorFormat(4, axis=1), TensorFormat(4)), KVFormat(TensorFormat(2, axis=1), TensorFormat(8))]
+FORMATS = [
+    KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True)),
+    KVFormat(TensorFormat(2, axis=1), TensorFormat(8)),
+]
 
 
 @dataclass
@@ -136,9 +139,10 @@ class Scheduler:
         fmt = self.world.fmt
         for first in range(0, own, PAGE):
             page = slice(first, first + PAGE)
+            weight = reference.score_weights(self.q[tokens[first + PAGE - 1]], KV_HEADS)
             for x, tensor in ((key, fmt.key), (value, fmt.value)):
                 whole = x[page].transpose(0, 1)
-                x[page] = reference.decode(tensor, *reference.encode(tensor, whole)).transpose(0, 1)
+                x[page] = reference.decode(tensor, *reference.encode(tensor, whole, weight)).transpose(0, 1)
         repeated = Q_HEADS // KV_HEADS
         scores = (
             torch.einsum("hd,thd->ht", self.q[tokens[position]], key.repeat_interleave(repeated, 1)) * HEAD_DIM**-0.5

@@ -39,6 +39,20 @@ def test_whole_pages_per_channel_equal_the_pool(bits, symmetric):
     assert not read_back[:, 128:].any()  # an incomplete page is not stored
 
 
+def test_boosted_pages_equal_the_pool():
+    fmt = TensorFormat(4, axis=1, boosted=True)
+    recipe = recipe_of(KVFormat(fmt, TensorFormat(4, symmetric=True)), 64).key
+    x, weight = draw(2, 130, HEAD_DIM), torch.rand(2, 2, HEAD_DIM)
+    read_back = fake_quantize(recipe, x, weight)
+    for page in (0, 1):
+        span = slice(64 * page, 64 * page + 64)
+        stored = reference.encode(fmt, x[:, span], weight[:, page])
+        assert torch.equal(read_back[:, span], reference.decode(fmt, *stored))
+    assert (read_back - x)[:, :128].square().sum() < 0.9 * (fake_quantize(TensorRecipe(4, PER_CHANNEL, 64), x) - x)[
+        :, :128
+    ].square().sum()
+
+
 @pytest.mark.parametrize("group", [None, 32])
 def test_per_token_equals_the_pool(group):
     fmt = TensorFormat(4, group_size=group)
@@ -52,6 +66,12 @@ def test_effective_bits_equal_those_of_the_format(key, value, page):
     fmt = KVFormat(TensorFormat(key, axis=1), TensorFormat(value))
     ours = effective_bits([recipe_of(fmt, page)], HEAD_DIM)
     assert ours == pytest.approx(KVShape(1, HEAD_DIM, 2, page).effective_bits([fmt]))
+
+
+def test_boosted_keys_are_paid_for_by_symmetric_values():
+    fmt = KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True))
+    assert effective_bits([recipe_of(fmt, 64)], HEAD_DIM) == 4.5
+    assert KVShape(1, HEAD_DIM, 2, 64).effective_bits([fmt]) == 4.5
 
 
 def test_three_bits_lie_between_two_and_four():

@@ -11,6 +11,7 @@ from kvtuner_sglang.quality.recipe import PER_CHANNEL, KVRecipe, TensorRecipe
 LAYERS = 3
 FULL = TensorRecipe(16)
 KV4 = KVRecipe(TensorRecipe(4, PER_CHANNEL, 64), TensorRecipe(4))
+KV4_BOOSTED = KVRecipe(TensorRecipe(4, PER_CHANNEL, 64, boost=True), TensorRecipe(4, symmetric=True))
 KV4_TOKEN = KVRecipe(TensorRecipe(4), TensorRecipe(4))
 FLOAT_NOISE = 2e-4  # on logits of size 1 to 10, after three layers in fp32
 
@@ -59,7 +60,7 @@ def test_first_page_is_full_precision_per_channel_and_not_per_token(tiny_model, 
     assert (per_token - exact).abs().amax(-1).min() > FLOAT_NOISE  # its own token, too, is read as stored
 
 
-@pytest.mark.parametrize("recipe", [KV4, KV4_TOKEN])
+@pytest.mark.parametrize("recipe", [KV4, KV4_BOOSTED, KV4_TOKEN])
 def test_a_row_depends_on_position_alone(tiny_model, tokens, recipe):
     """What follows a token, and so where a chunk ends, changes nothing for it."""
     whole = run(tiny_model, tokens, recipe)
@@ -72,7 +73,7 @@ def test_a_token_of_an_earlier_page_is_never_seen_in_full(tiny_model, tokens):
     other = [t ^ 1 for t in tokens[:64]] + tokens[64:]
     erase = KVRecipe(TensorRecipe(2, PER_CHANNEL, 64), FULL)
     original = path.fake_quantize
-    path.fake_quantize = lambda _recipe, x: torch.zeros_like(x)
+    path.fake_quantize = lambda _recipe, x, _weight=None: torch.zeros_like(x)
     try:
         a, b = (run(tiny_model, t, erase) for t in (tokens, other))
     finally:

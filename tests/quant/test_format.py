@@ -3,7 +3,7 @@
 import pytest
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, format_hash, uniform_plan
+from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, format_hash, kv_format, uniform_plan
 
 QWEN_7B = KVShape(kv_heads=4, head_dim=128, itemsize=2, page_size=1)
 
@@ -34,6 +34,30 @@ def test_per_channel_metadata_is_shared_by_the_page():
     assert shape.tail_bytes_per_slot(plan) == 2 * 64 * 3 * 64 * 2 * 2
 
 
+def asked(bits_key: int, bits_value: int, **options):
+    rest = {"axis_key": 1, "axis_value": 0, "group_size": None, "asym": True, "key_boost": None}
+    return kv_format(bits_key=bits_key, bits_value=bits_value, **{**rest, **options})
+
+
+def test_four_bit_keys_are_boosted_unless_told_otherwise():
+    fmt = asked(4, 4)
+    assert fmt.key == TensorFormat(4, axis=1, boosted=True)
+    assert fmt.value == TensorFormat(4, symmetric=True)
+    assert asked(4, 4, key_boost=False) == KVFormat(TensorFormat(4, axis=1), TensorFormat(4))
+    for bits in ((8, 8), (2, 2), (8, 4), (4, 2)):
+        assert not asked(*bits).key.boosted
+        assert not asked(*bits).value.symmetric
+    assert not asked(4, 4, axis_key=0).key.boosted
+    assert not asked(2, 2, key_boost=True).value.symmetric  # three levels would be too few
+
+
+def test_bytes_of_boosted_keys():
+    shape = KVShape(kv_heads=4, head_dim=128, itemsize=2, page_size=64)
+    key = TensorFormat(4, axis=1, boosted=True)
+    assert shape.tensor_bytes_per_token(key) == 4 * (64 + 4 + 128 * 4 / 64)
+    assert shape.effective_bits([KVFormat(key, TensorFormat(4, symmetric=True))]) == (4.75 + 4.125) / 2
+
+
 def test_keys_and_values_are_counted_apart():
     assert (
         QWEN_7B.bytes_per_token(uniform(8, 4))
@@ -50,6 +74,9 @@ def test_keys_and_values_are_counted_apart():
         lambda: TensorFormat(4, group_size=48).groups(64),
         lambda: TensorFormat(4).code_bytes(63, 2),
         lambda: KVFormat(TensorFormat(4), TensorFormat(4, axis=1)),
+        lambda: TensorFormat(4, boosted=True),
+        lambda: TensorFormat(8, axis=1, boosted=True),
+        lambda: TensorFormat(4, axis=1, boosted=True).code_bytes(40, 2),
     ],
 )
 def test_what_cannot_be_stored_is_refused_in_one_sentence(broken):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.quant import KVFormat, TensorFormat, uniform_plan
+from kvtuner_sglang.quant import KVFormat, TensorFormat, kv_format, uniform_plan
 
 KEYWORD_PREFIXES = ("enable_kvtuner_", "kvtuner_")
 
@@ -26,6 +26,7 @@ class KvtunerOptions:
     kvtuner_axis_value: int = 0
     kvtuner_q_group_size: int | None = None
     kvtuner_asym: bool = True
+    kvtuner_key_boost: bool | None = None
     kvtuner_residual_length: int = 0
     kvtuner_kv_gib: float | None = None
     kvtuner_heartbeat_dir: str | None = None
@@ -52,10 +53,10 @@ class KvtunerOptions:
         """The format of every layer; raises ConfigError if it does not exist."""
         if not self.enabled:
             return KVFormat(TensorFormat(16), TensorFormat(16))
-        common: dict[str, Any] = {"group_size": self.kvtuner_q_group_size, "symmetric": not self.kvtuner_asym}
-        return KVFormat(
-            TensorFormat(self.kvtuner_nbits_key, axis=self.kvtuner_axis_key, **common),
-            TensorFormat(self.kvtuner_nbits_value, axis=self.kvtuner_axis_value, **common),
+        return kv_format(
+            bits_key=self.kvtuner_nbits_key, bits_value=self.kvtuner_nbits_value, axis_key=self.kvtuner_axis_key,
+            axis_value=self.kvtuner_axis_value, group_size=self.kvtuner_q_group_size, asym=self.kvtuner_asym,
+            key_boost=self.kvtuner_key_boost,
         )
 
     def plan(self, layers: int) -> tuple[KVFormat, ...]:
@@ -103,6 +104,9 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
                        help="Channels that share a scale on axis 0; must divide head_dim. Default: the whole head.")
     group.add_argument("--kvtuner-asym", type=_boolean, nargs="?", const=True, default=True, metavar="True|False",
                        help="Asymmetric (scale and zero) or symmetric (scale). Default: True.")
+    group.add_argument("--kvtuner-key-boost", type=_boolean, default=None, metavar="True|False",
+                       help="Twice the bits for the 1 in 16 key channels of a page that matter most, paid for by "
+                            "symmetric values. Default: True for 4-bit keys on axis 1 beside values of 4 or 8 bits.")
     group.add_argument("--kvtuner-residual-length", type=int, default=0,
                        help="Recent tokens in full precision: only 0, the page in progress aside. Default: 0.")
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,

@@ -81,7 +81,7 @@ class ReferenceBackend(AttentionBackend):
             reference.write_tokens(pages.value, page, offset, v)
         out = torch.empty_like(q)
         for span in self.spans:
-            context = (_PageContext if pages.fmt.key.per_channel else _TokenContext)(self, pages, span, k, v)
+            context = (_PageContext if pages.fmt.key.per_channel else _TokenContext)(self, pages, span, q, k, v)
             self._attend(q, out, span, context, layer.scaling)
         return out.view(out.shape[0], -1)
 
@@ -116,7 +116,8 @@ class ReferenceBackend(AttentionBackend):
 class _TokenContext:
     """Everything as stored, one's own token too."""
 
-    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, k: torch.Tensor, _: Any) -> None:
+    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, _q: torch.Tensor, k: torch.Tensor,
+                 _v: torch.Tensor) -> None:
         ids = backend.page_ids(span.slot, 0, span.end)
         self.key = reference.read_pages(pages.key, ids, k.dtype)
         self.value = reference.read_pages(pages.value, ids, k.dtype)
@@ -129,26 +130,29 @@ class _TokenContext:
 class _PageContext:
     """Earlier pages as stored, the queries' own page in full precision; completes pages and keeps the tail."""
 
-    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, k: torch.Tensor,
+    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, q: torch.Tensor, k: torch.Tensor,
                  v: torch.Tensor) -> None:
         self.size = size = backend.page_size
         self.first = span.start // size * size
         self.full_key = _with_tail(pages.tail_key, k, span, self.first)
         self.full_value = _with_tail(pages.tail_value, v, span, self.first)
-        self._complete_pages(backend, pages, span, size)
+        self._complete_pages(backend, pages, span, q)
         readable = (span.end - 1) // size * size  # no query reads the last page as stored
         ids = backend.page_ids(span.slot, 0, readable)
         self.key = reference.read_pages(pages.key, ids, k.dtype)
         self.value = reference.read_pages(pages.value, ids, k.dtype)
 
-    def _complete_pages(self, backend: ReferenceBackend, pages: LayerPages, span: Span, size: int) -> None:
+    def _complete_pages(self, backend: ReferenceBackend, pages: LayerPages, span: Span, q: torch.Tensor) -> None:
+        size = self.size
         boundary = span.end // size * size
         count = (boundary - self.first) // size
         if count:
             ids = backend.page_ids(span.slot, self.first, boundary)
+            last_rows = slice(span.row + self.first + size - 1 - span.start, span.row + boundary - span.start, size)
+            weight = reference.score_weights(q[last_rows], self.full_key.shape[0])
             for store, full in ((pages.key, self.full_key), (pages.value, self.full_value)):
                 whole = full[:, : count * size].unflatten(1, (count, size)).transpose(0, 1)
-                reference.write_pages(store, ids, whole)
+                reference.write_pages(store, ids, whole, weight)
         rest = span.end - boundary
         for tail, full in ((pages.tail_key, self.full_key), (pages.tail_value, self.full_value)):
             tail[span.slot, :rest] = full[:, full.shape[1] - rest :].transpose(0, 1)

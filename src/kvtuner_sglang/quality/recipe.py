@@ -14,7 +14,8 @@ import torch
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant import KVFormat, TensorFormat
-from kvtuner_triton.reference import dequantize, quantize
+from kvtuner_sglang.quant.format import BOOST_DIVISOR
+from kvtuner_triton.reference import decode, dequantize, encode, quantize
 
 PER_TOKEN = 0
 PER_CHANNEL = 1
@@ -30,6 +31,7 @@ class TensorRecipe:
     clip_search: of CLIP_SHARES of a group's range take the one with the least squared error.
     rotate: quantize x H instead of x, H the orthonormal Hadamard matrix of head_dim; undone after reading, which for
     values costs nothing (H goes into o_proj).
+    boost: the channels of a page that matter most have twice the bits (axis 1; see kvtuner_triton.reference).
     """
 
     bits: int
@@ -38,6 +40,7 @@ class TensorRecipe:
     symmetric: bool = False
     clip_search: bool = False
     rotate: bool = False
+    boost: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -46,7 +49,8 @@ class TensorRecipe:
     def effective_bits(self, head_dim: int) -> float:
         if not self.quantized:
             return 16.0
-        return self.bits + METADATA_BITS / (2 if self.symmetric else 1) / (self.group or head_dim)
+        boost = self.bits / BOOST_DIVISOR if self.boost else 0
+        return self.bits + boost + METADATA_BITS / (2 if self.symmetric else 1) / (self.group or head_dim)
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,13 @@ def recipe_of(fmt: KVFormat, page_size: int) -> KVRecipe:
         if not f.quantized:
             return TensorRecipe(16)
         group = page_size if f.per_channel else f.group_size
-        return TensorRecipe(f.bits, f.axis, group, f.symmetric)
+        return TensorRecipe(f.bits, f.axis, group, f.symmetric, boost=f.boosted)
 
     return KVRecipe(tensor(fmt.key), tensor(fmt.value))
 
 
-def fake_quantize(recipe: TensorRecipe, x: torch.Tensor) -> torch.Tensor:
-    """x (..., tokens, head_dim) as it is read back, in x's dtype.
+def fake_quantize(recipe: TensorRecipe, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., tokens, head_dim) as it is read back, in x's dtype; boosted keys need weight: (..., pages, head_dim).
 
     Per channel only whole pages are stored: tokens of an incomplete last page come back as zeros, which no query may
     read.
@@ -109,19 +113,24 @@ def fake_quantize(recipe: TensorRecipe, x: torch.Tensor) -> torch.Tensor:
     if recipe.rotate:
         rotation = hadamard(x.shape[-1], x.device)
         return (_quantized(recipe, x.float() @ rotation) @ rotation.T).to(x.dtype)
-    return _quantized(recipe, x.float()).to(x.dtype)
+    return _quantized(recipe, x.float(), weight).to(x.dtype)
 
 
-def _quantized(recipe: TensorRecipe, x: torch.Tensor) -> torch.Tensor:
+def _quantized(recipe: TensorRecipe, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     if recipe.axis == PER_TOKEN:
         groups = x.unflatten(-1, (-1, recipe.group or x.shape[-1]))
         return _round_trip(recipe, groups).flatten(-2)
     if recipe.group is None:
         raise ConfigError("keys per channel need a page: give group, the tokens of a page.")
     whole = x.shape[-2] // recipe.group * recipe.group
-    pages = x[..., :whole, :].unflatten(-2, (-1, recipe.group)).transpose(-1, -2)
+    pages = x[..., :whole, :].unflatten(-2, (-1, recipe.group))
+    if recipe.boost:
+        fmt = TensorFormat(recipe.bits, symmetric=recipe.symmetric, axis=PER_CHANNEL, boosted=True)
+        read_back = decode(fmt, *encode(fmt, pages, weight))
+    else:
+        read_back = _round_trip(recipe, pages.transpose(-1, -2)).transpose(-1, -2)
     out = torch.zeros_like(x)
-    out[..., :whole, :] = _round_trip(recipe, pages).transpose(-1, -2).flatten(-3, -2)
+    out[..., :whole, :] = read_back.flatten(-3, -2)
     return out
 
 

@@ -18,13 +18,14 @@ def per_token(bits: int, group: int | None = None, **options: bool) -> TensorRec
 
 SERVED = {
     "kv8": KVRecipe(per_channel(8), per_token(8)),
-    "kv4": KVRecipe(per_channel(4), per_token(4)),
+    "kv4": KVRecipe(per_channel(4, boost=True), per_token(4, symmetric=True)),
+    "kv4_unboosted": KVRecipe(per_channel(4), per_token(4)),
     "kv2": KVRecipe(per_channel(2), per_token(2)),
     "k8v4": KVRecipe(per_channel(8), per_token(4)),
     "k4v2": KVRecipe(per_channel(4), per_token(2)),
     "kv8_token": KVRecipe(per_token(8), per_token(8)),
     "kv4_token": KVRecipe(per_token(4), per_token(4)),
-    "kv4_page128": KVRecipe(per_channel(4, 128), per_token(4)),
+    "kv4_page128": KVRecipe(per_channel(4, 128, boost=True), per_token(4, symmetric=True)),
 }
 
 CONDITIONED = {

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quality.recipe import KVRecipe, fake_quantize
+from kvtuner_triton.reference import score_weights
 
 ATTENTION = "kvtuner_quality"
 QUERIES_AT_ONCE = 512
@@ -151,7 +152,8 @@ def _attend(recipe: KVRecipe | None, index: int, query: torch.Tensor, key: torch
     if recipe is not None:
         if recipe.conditioned:
             query, key = _condition(recipe, _state.statistics[index], query, key)
-        stored_key, stored_value = fake_quantize(recipe.key, key), fake_quantize(recipe.value, value)
+        weight = _weights(recipe, query, key.shape[1]) if recipe.key.boost else None
+        stored_key, stored_value = fake_quantize(recipe.key, key, weight), fake_quantize(recipe.value, value)
     page = recipe.page if recipe is not None else None
     repeats = query.shape[1] // key.shape[1]
     stored_key, stored_value, key, value = (
@@ -169,6 +171,12 @@ def _attend(recipe: KVRecipe | None, index: int, query: torch.Tensor, key: torch
             values = torch.cat([values, value[:, :, own]], 2)
         out[:, :, own] = scaled_dot_product_attention(query[:, :, own], keys, values, attn_mask=mask, scale=scaling)
     return out
+
+
+def _weights(recipe: KVRecipe, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Of the queries at the last position of every whole page: (batch, kv_heads, pages, head_dim)."""
+    page = recipe.key.group or query.shape[2]
+    return score_weights(query[:, :, page - 1 :: page].transpose(1, 2), kv_heads).transpose(1, 2)
 
 
 def _sees(low: int, high: int, page: int | None, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """What a low-bit KV format is: bits, groups, bytes per token. Knows neither SGLang nor CUDA."""
 
-from kvtuner_sglang.quant.format import KVFormat, KVShape, TensorFormat, format_hash, uniform_plan
+from kvtuner_sglang.quant.format import KVFormat, KVShape, TensorFormat, format_hash, kv_format, uniform_plan
 
-__all__ = ["KVFormat", "KVShape", "TensorFormat", "format_hash", "uniform_plan"]
+__all__ = ["KVFormat", "KVShape", "TensorFormat", "format_hash", "kv_format", "uniform_plan"]

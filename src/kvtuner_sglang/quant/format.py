@@ -2,8 +2,11 @@
 
 Per token (axis 0): every token and kv head is cut along head_dim into groups of `group_size` channels; each group has
 an fp16 scale and, if asymmetric, an fp16 zero.  Per channel (axis 1, keys only): every channel of a kv head has one
-scale and zero for a whole page of tokens, so the page is the group.  16 bits means the model's own precision, stored
-as it is.  After KVTuner (arXiv 2502.04420) and KIVI (arXiv 2402.02750); unlike both, metadata always counts.
+scale and zero for a whole page of tokens, so the page is the group.  Boosted keys are per channel, and the
+head_dim / 16 channels of a page that matter most to attention scores have twice the bits (kvtuner_triton.reference
+says which they are): a few channels carry most of the error of four-bit keys.  16 bits means the model's own
+precision, stored as it is.  After KVTuner (arXiv 2502.04420) and KIVI (arXiv 2402.02750); unlike both, metadata always
+counts.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ PER_CHANNEL = 1
 METADATA_BYTES = 2  # scale and zero are fp16
 CHANNEL_PAGE_SIZES = (64, 128)  # tokens; the first is the default
 TOKEN_PAGE_SIZES = (1,)
+BOOST_DIVISOR = 16  # one of so many key channels is boosted
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class TensorFormat:
 
     bits: 16 (not quantized), 8, 4 or 2.  axis: 0 per token, 1 per channel over a page.
     group_size: channels per scale on axis 0; None is the whole head.  Axis 1 ignores it: the page is the group.
+    boosted: head_dim / 16 channels of every page have twice the bits (axis 1 only).
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = False
     axis: int = PER_TOKEN
+    boosted: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -41,6 +47,8 @@ class TensorFormat:
             raise ConfigError(f"axis {self.axis} does not exist: choose 0 (per token) or 1 (per channel).")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group size {self.group_size} is not a number of channels: choose 32, 64 or head_dim.")
+        if self.boosted and not (self.per_channel and self.bits < 8):
+            raise ConfigError("only keys of 4 or 2 bits per channel can be boosted: set --kvtuner-key-boost False.")
 
     @property
     def quantized(self) -> bool:
@@ -55,6 +63,15 @@ class TensorFormat:
         """fp16 numbers stored for one group: scale alone, or scale and zero."""
         return 1 if self.symmetric else 2
 
+    def boosted_channels(self, head_dim: int) -> int:
+        """Channels of a page with twice the bits; raises ConfigError if there is no whole number of them."""
+        if not self.boosted:
+            return 0
+        if head_dim % BOOST_DIVISOR:
+            raise ConfigError(f"head_dim {head_dim} is not a multiple of {BOOST_DIVISOR}, so no whole number of key "
+                              "channels can be boosted: set --kvtuner-key-boost False.")
+        return head_dim // BOOST_DIVISOR
+
     def groups(self, head_dim: int) -> int:
         """Groups along head_dim of one token and head (axis 0); raises ConfigError if they do not divide it."""
         size = self.group_size or head_dim
@@ -68,10 +85,17 @@ class TensorFormat:
         """Bytes of one token and head without metadata; `itemsize` is the model's bytes per element."""
         if not self.quantized:
             return head_dim * itemsize
-        if head_dim * self.bits % 8:
-            raise ConfigError(f"{self.bits}-bit codes fill whole bytes: head_dim {head_dim} is not a multiple of "
+        return self._packed_bytes(head_dim) + self.boost_bytes(head_dim)
+
+    def boost_bytes(self, head_dim: int) -> int:
+        """Of code_bytes, those that hold the second halves of boosted channels' codes."""
+        return self._packed_bytes(self.boosted_channels(head_dim))
+
+    def _packed_bytes(self, channels: int) -> int:
+        if channels * self.bits % 8:
+            raise ConfigError(f"{self.bits}-bit codes fill whole bytes: {channels} channels are not a multiple of "
                               f"{8 // self.bits}, so choose more bits.")
-        return head_dim * self.bits // 8
+        return channels * self.bits // 8
 
     def metadata_bytes(self, head_dim: int, page_size: int) -> float:
         """Bytes of scale and zero that one token and head carries; a page's metadata is shared by its tokens."""
@@ -85,7 +109,8 @@ class TensorFormat:
         if not self.quantized:
             return "16 bit (not quantized)"
         where = "per channel and page" if self.per_channel else f"per token, group {self.group_size or 'head_dim'}"
-        return f"{self.bits} bit {where}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        boost = f", 1 channel in {BOOST_DIVISOR} at {2 * self.bits} bit" if self.boosted else ""
+        return f"{self.bits} bit {where}{boost}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +167,20 @@ class KVShape:
         """Mean bits per cached element, metadata counted; 16-bit tensors count as 16 whatever the model's precision."""
         sixteen_bit = KVShape(1, self.head_dim, 2, self.page_size)
         return sixteen_bit.bytes_per_token(plan) * 8 / (2 * self.head_dim * len(plan))
+
+
+def kv_format(*, bits_key: int, bits_value: int, axis_key: int, axis_value: int, group_size: int | None, asym: bool,
+              key_boost: bool | None) -> KVFormat:
+    """Keys and values as users ask for them.
+
+    key_boost: None boosts 4-bit keys per channel beside values of 4 or 8 bits.  Boosted keys are paid for by values
+    without a zero (symmetric), unless those have 2 bits, which would be left with three levels.
+    """
+    if key_boost is None:
+        key_boost = axis_key == PER_CHANNEL and bits_key == 4 and bits_value in (4, 8)
+    symmetric_value = not asym or (key_boost and bits_value > 2)
+    return KVFormat(TensorFormat(bits_key, group_size, not asym, axis_key, key_boost),
+                    TensorFormat(bits_value, group_size, symmetric_value, axis_value))
 
 
 def uniform_plan(fmt: KVFormat, layers: int) -> tuple[KVFormat, ...]:

@@ -65,7 +65,7 @@ def kvtuner_options(quant: QuantConfig, kv_gib: float, heartbeat_dir: Path,
     return replace(
         shared, enable_kvtuner_quant=True, kvtuner_nbits_key=quant.nbits_key, kvtuner_nbits_value=quant.nbits_value,
         kvtuner_axis_key=quant.axis_key, kvtuner_axis_value=quant.axis_value,
-        kvtuner_q_group_size=quant.group_size, kvtuner_asym=quant.asym,
+        kvtuner_q_group_size=quant.group_size, kvtuner_asym=quant.asym, kvtuner_key_boost=quant.key_boost,
     )
 
 
