@@ -1,0 +1,32 @@
+"""What is published is whole, and its tables are those that its records give."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from kvtuner_sglang.quality.summary import CSV_FILE, summarize
+
+PUBLISHED = Path(__file__).parents[1] / "runs" / "published"
+FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/SHA256SUMS"))
+
+
+def test_every_published_folder_has_checksums():
+    assert FOLDERS
+    assert [path for path in PUBLISHED.iterdir() if path.is_dir() and path not in FOLDERS] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_checksums_cover_every_file_and_hold(folder):
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    del files["SHA256SUMS"]
+    assert set(sums) == set(files)
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sums[name], name
+
+
+def test_the_quality_table_is_what_the_records_give():
+    folder = PUBLISHED / "quality"
+    assert (folder / CSV_FILE).read_text() == summarize(folder).to_csv(index=False, float_format="%.6g")
