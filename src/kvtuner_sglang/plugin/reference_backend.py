@@ -6,6 +6,7 @@ precision.  Queries are computed in blocks of positions (a page, or 64 tokens), 
 matrix shapes however it was cut into chunks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,23 @@ class Span:
     def rows(self) -> slice:
         return slice(self.row, self.row + self.end - self.start)
 
+    def first(self, size: int) -> int:
+        """Where the page in progress begins."""
+        return self.start // size * size
+
+
+@dataclass(frozen=True)
+class PageList:
+    """Pages of all requests of a batch, one request after the other: ids (n,) int64 and how many each has."""
+
+    ids: torch.Tensor
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(parts: list[torch.Tensor], like: torch.Tensor) -> "PageList":
+        ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=like.device)
+        return PageList(ids, tuple(len(part) for part in parts))
+
 
 class ReferenceBackend(AttentionBackend):
     """The attention backend `kvtuner` without fused kernels."""
@@ -51,6 +69,8 @@ class ReferenceBackend(AttentionBackend):
         pool.create_tails(self.req_to_token.shape[0])
         self.noise = options_of(model_runner.server_args).kvtuner_kv_noise
         self.spans: list[Span] = []
+        self.everything = self.earlier = self.complete = PageList.of([], self.req_to_token)
+        self.last_rows = torch.empty(0, dtype=torch.int64)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Turn the batch into spans once for all layers."""
@@ -64,6 +84,25 @@ class ReferenceBackend(AttentionBackend):
         for slot, start, end in zip(slots, starts, ends, strict=True):
             self.spans.append(Span(slot, start, end, row))
             row += end - start
+        self._list_pages()
+
+    def _list_pages(self) -> None:
+        """Which pages this pass reads and completes; the same in all layers.
+
+        `everything`: for per-token layers.  `earlier`: all that a query of a per-channel layer can read as stored,
+        which the last page never is.
+        """
+        size, spans = self.page_size, self.spans
+
+        def pages(bounds: Callable[[Span], tuple[int, int]]) -> PageList:
+            return PageList.of([self._pages(span.slot, *bounds(span)) for span in spans], self.req_to_token)
+
+        self.everything = pages(lambda span: (0, span.end))
+        self.earlier = pages(lambda span: (0, (span.end - 1) // size * size))
+        self.complete = pages(lambda span: (span.first(size), span.end // size * size))
+        rows = [row for span in spans for row in range(span.row + span.first(size) + size - 1 - span.start,
+                                                       span.row + span.end - span.start, size)]
+        self.last_rows = torch.tensor(rows, dtype=torch.int64, device=self.req_to_token.device)
 
     def forward_extend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any,
                        save_kv_cache: bool = True, **_: Any) -> torch.Tensor:
@@ -80,8 +119,8 @@ class ReferenceBackend(AttentionBackend):
             reference.write_tokens(pages.key, page, offset, k)
             reference.write_tokens(pages.value, page, offset, v)
         out = torch.empty_like(q)
-        for span in self.spans:
-            context = (_PageContext if pages.fmt.key.per_channel else _TokenContext)(self, pages, span, q, k, v)
+        read = self._read_as_stored if not pages.fmt.key.per_channel else self._complete_and_read
+        for span, context in zip(self.spans, read(pages, q, k, v), strict=True):
             self._attend(q, out, span, context, layer.scaling)
         return out.view(out.shape[0], -1)
 
@@ -90,11 +129,41 @@ class ReferenceBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
-    def page_ids(self, slot: int, start: int, end: int) -> torch.Tensor:
+    def _pages(self, slot: int, start: int, end: int) -> torch.Tensor:
         """Pages of the request's positions start..end-1; start is a page boundary."""
-        return self.req_to_token[slot, start:end:self.page_size].long() // self.page_size
+        return self.req_to_token[slot, start : max(start, end) : self.page_size].long() // self.page_size
 
-    def _attend(self, q: torch.Tensor, out: torch.Tensor, span: Span, context: Any, scaling: float) -> None:
+    def _stored(self, pages: LayerPages, which: PageList, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+        """Keys and values (kv_heads, tokens, head_dim) of each request's pages as stored."""
+        tokens = [count * self.page_size for count in which.counts]
+        key, value = (reference.read_pages(store, which.ids, dtype).split(tokens, 1)
+                      for store in (pages.key, pages.value))
+        return list(zip(key, value, strict=True))
+
+    def _read_as_stored(self, pages: LayerPages, _q: torch.Tensor, k: torch.Tensor,
+                        _v: torch.Tensor) -> list["Context"]:
+        return [_TokenContext(key, value) for key, value in self._stored(pages, self.everything, k.dtype)]
+
+    def _complete_and_read(self, pages: LayerPages, q: torch.Tensor, k: torch.Tensor,
+                           v: torch.Tensor) -> list["Context"]:
+        """Store the pages that this pass completes, keep each request's tail, then read what its queries may see."""
+        size = self.page_size
+        full = [(_with_tail(pages.tail_key, k, span, size), _with_tail(pages.tail_value, v, span, size))
+                for span in self.spans]
+        if len(self.complete.ids):
+            weight = reference.score_weights(q[self.last_rows], k.shape[1])
+            for which, store in enumerate((pages.key, pages.value)):
+                whole = torch.cat([full[i][which][: count * size] for i, count in enumerate(self.complete.counts)])
+                reference.write_pages(store, self.complete.ids, whole.unflatten(0, (-1, size)).transpose(1, 2), weight)
+        for span, (key, value) in zip(self.spans, full, strict=True):
+            rest = span.end % size
+            pages.tail_key[span.slot, :rest] = key[len(key) - rest :]
+            pages.tail_value[span.slot, :rest] = value[len(value) - rest :]
+        return [_PageContext(key, value, full_key.transpose(0, 1), full_value.transpose(0, 1), span.first(size), size)
+                for span, (key, value), (full_key, full_value)
+                in zip(self.spans, self._stored(pages, self.earlier, k.dtype), full, strict=True)]
+
+    def _attend(self, q: torch.Tensor, out: torch.Tensor, span: Span, context: "Context", scaling: float) -> None:
         low = span.start
         while low < span.end:
             high = min(span.end, (low // self.block_tokens + 1) * self.block_tokens)
@@ -113,49 +182,31 @@ class ReferenceBackend(AttentionBackend):
         return x * (1 + self.noise * torch.randn_like(x)) if self.noise else x
 
 
+@dataclass(frozen=True)
 class _TokenContext:
-    """Everything as stored, one's own token too."""
+    """Everything as stored, one's own token too: key, value (kv_heads, tokens, head_dim)."""
 
-    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, _q: torch.Tensor, k: torch.Tensor,
-                 _v: torch.Tensor) -> None:
-        ids = backend.page_ids(span.slot, 0, span.end)
-        self.key = reference.read_pages(pages.key, ids, k.dtype)
-        self.value = reference.read_pages(pages.value, ids, k.dtype)
+    key: torch.Tensor
+    value: torch.Tensor
 
     def visible(self, _low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (kv_heads, high, head_dim) that queries at positions low..high-1 may read."""
         return self.key[:, :high], self.value[:, :high]
 
 
+@dataclass(frozen=True)
 class _PageContext:
-    """Earlier pages as stored, the queries' own page in full precision; completes pages and keeps the tail."""
+    """Earlier pages as stored, the queries' own page in full precision, all (kv_heads, tokens, head_dim).
 
-    def __init__(self, backend: ReferenceBackend, pages: LayerPages, span: Span, q: torch.Tensor, k: torch.Tensor,
-                 v: torch.Tensor) -> None:
-        self.size = size = backend.page_size
-        self.first = span.start // size * size
-        self.full_key = _with_tail(pages.tail_key, k, span, self.first)
-        self.full_value = _with_tail(pages.tail_value, v, span, self.first)
-        self._complete_pages(backend, pages, span, q)
-        readable = (span.end - 1) // size * size  # no query reads the last page as stored
-        ids = backend.page_ids(span.slot, 0, readable)
-        self.key = reference.read_pages(pages.key, ids, k.dtype)
-        self.value = reference.read_pages(pages.value, ids, k.dtype)
+    key, value: as stored, from position 0; full_key, full_value: from position `first`, where a page begins.
+    """
 
-    def _complete_pages(self, backend: ReferenceBackend, pages: LayerPages, span: Span, q: torch.Tensor) -> None:
-        size = self.size
-        boundary = span.end // size * size
-        count = (boundary - self.first) // size
-        if count:
-            ids = backend.page_ids(span.slot, self.first, boundary)
-            last_rows = slice(span.row + self.first + size - 1 - span.start, span.row + boundary - span.start, size)
-            weight = reference.score_weights(q[last_rows], self.full_key.shape[0])
-            for store, full in ((pages.key, self.full_key), (pages.value, self.full_value)):
-                whole = full[:, : count * size].unflatten(1, (count, size)).transpose(0, 1)
-                reference.write_pages(store, ids, whole, weight)
-        rest = span.end - boundary
-        for tail, full in ((pages.tail_key, self.full_key), (pages.tail_value, self.full_value)):
-            tail[span.slot, :rest] = full[:, full.shape[1] - rest :].transpose(0, 1)
+    key: torch.Tensor
+    value: torch.Tensor
+    full_key: torch.Tensor
+    full_value: torch.Tensor
+    first: int
+    size: int
 
     def visible(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (kv_heads, high, head_dim) that queries at positions low..high-1, one page, may read."""
@@ -165,10 +216,15 @@ class _PageContext:
                 torch.cat([self.value[:, :own], self.full_value[:, full]], 1))
 
 
-def _with_tail(tail: torch.Tensor, new: torch.Tensor, span: Span, first: int) -> torch.Tensor:
-    """The page in progress and the new tokens: (kv_heads, end - first, head_dim)."""
-    earlier = tail[span.slot, : span.start - first]
-    return torch.cat([earlier, new[span.rows]]).transpose(0, 1)
+Context = _TokenContext | _PageContext
+
+
+def _with_tail(tail: torch.Tensor | None, new: torch.Tensor, span: Span, size: int) -> torch.Tensor:
+    """The page in progress and the new tokens: (end - first, kv_heads, head_dim)."""
+    if tail is None:
+        raise ConfigError("per-channel keys have no pages in progress: reinstall kvtuner-sglang.")
+    earlier = tail[span.slot, : span.start - span.first(size)]
+    return torch.cat([earlier, new[span.rows]])
 
 
 def _refuse_unusual(layer: Any, k: torch.Tensor | None, save_kv_cache: bool) -> None:
