@@ -16,6 +16,7 @@ run: setup
 
 test: setup
 	.venv/bin/ruff check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
 
 test-slow: setup

@@ -50,6 +50,7 @@ def allocate(fmt: TensorFormat, shape: KVShape, pages: int, dtype: torch.dtype, 
     width = fmt.code_bytes(shape.head_dim, shape.itemsize) - extra_width
     codes = torch.zeros((*head, shape.page_size, width), dtype=torch.uint8, device=device)
     values = fmt.metadata_values
+    meta_shape: tuple[int, ...]
     if fmt.per_channel:
         meta_shape = (*head, values, shape.head_dim)
     else:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -45,7 +45,7 @@ def load(overrides: Sequence[str], conf: Path) -> RunConfig:
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             cfg = compose("config", overrides=list(overrides))
-        return parse(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        return parse(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(str(error))) from error
 

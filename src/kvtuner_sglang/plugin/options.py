@@ -93,7 +93,7 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("kvtuner", "Low-bit keys and values (plugin kvtuner-sglang).")
     group.add_argument("--enable-kvtuner-quant", type=_boolean, nargs="?", const=True, default=False,
                        metavar="True|False", help="Keep the KV cache in low bits. Default: False.")
-    bits = {"type": int, "choices": [16, 8, 4, 2], "default": 4}
+    bits: dict[str, Any] = {"type": int, "choices": [16, 8, 4, 2], "default": 4}
     group.add_argument("--kvtuner-nbits-key", **bits, help="Bits of keys; 16 keeps the model's precision. Default: 4.")
     group.add_argument("--kvtuner-nbits-value", **bits, help="Bits of values, like keys. Default: 4.")
     group.add_argument("--kvtuner-axis-key", type=int, choices=[0, 1], default=1,

@@ -26,6 +26,13 @@ class LayerPages:
     tail_key: torch.Tensor | None = None
     tail_value: torch.Tensor | None = None
 
+    @property
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages in progress of keys and values; raises ConfigError if this layer has none."""
+        if self.tail_key is None or self.tail_value is None:
+            raise ConfigError("per-channel keys have no pages in progress: reinstall kvtuner-sglang.")
+        return self.tail_key, self.tail_value
+
 
 class PackedKVPool(MHATokenToKVPool):
     """SGLang's MHA pool with packed pages.

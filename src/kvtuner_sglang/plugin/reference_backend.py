@@ -148,8 +148,8 @@ class ReferenceBackend(AttentionBackend):
                            v: torch.Tensor) -> list["Context"]:
         """Store the pages that this pass completes, keep each request's tail, then read what its queries may see."""
         size = self.page_size
-        full = [(_with_tail(pages.tail_key, k, span, size), _with_tail(pages.tail_value, v, span, size))
-                for span in self.spans]
+        tail_key, tail_value = pages.tails
+        full = [(_with_tail(tail_key, k, span, size), _with_tail(tail_value, v, span, size)) for span in self.spans]
         if len(self.complete.ids):
             weight = reference.score_weights(q[self.last_rows], k.shape[1])
             for which, store in enumerate((pages.key, pages.value)):
@@ -157,8 +157,8 @@ class ReferenceBackend(AttentionBackend):
                 reference.write_pages(store, self.complete.ids, whole.unflatten(0, (-1, size)).transpose(1, 2), weight)
         for span, (key, value) in zip(self.spans, full, strict=True):
             rest = span.end % size
-            pages.tail_key[span.slot, :rest] = key[len(key) - rest :]
-            pages.tail_value[span.slot, :rest] = value[len(value) - rest :]
+            tail_key[span.slot, :rest] = key[len(key) - rest :]
+            tail_value[span.slot, :rest] = value[len(value) - rest :]
         return [_PageContext(key, value, full_key.transpose(0, 1), full_value.transpose(0, 1), span.first(size), size)
                 for span, (key, value), (full_key, full_value)
                 in zip(self.spans, self._stored(pages, self.earlier, k.dtype), full, strict=True)]
@@ -219,10 +219,8 @@ class _PageContext:
 Context = _TokenContext | _PageContext
 
 
-def _with_tail(tail: torch.Tensor | None, new: torch.Tensor, span: Span, size: int) -> torch.Tensor:
+def _with_tail(tail: torch.Tensor, new: torch.Tensor, span: Span, size: int) -> torch.Tensor:
     """The page in progress and the new tokens: (end - first, kv_heads, head_dim)."""
-    if tail is None:
-        raise ConfigError("per-channel keys have no pages in progress: reinstall kvtuner-sglang.")
     earlier = tail[span.slot, : span.start - span.first(size)]
     return torch.cat([earlier, new[span.rows]])
 

@@ -90,7 +90,7 @@ def around_calculate_pool_sizes(original: Callable[..., Any], self: Any, availab
     return MemoryPoolConfig(max_total_num_tokens=tokens)
 
 
-def around_build_mha_kv_pool(original: Callable[..., Any], kvc: Any, *, mha_pool_class: type, **kwargs: Any) -> Any:
+def around_build_mha_kv_pool(original: Callable[..., Any], kvc: Any, *, mha_pool_class: Any, **kwargs: Any) -> Any:
     """Swap SGLang's pool class for the packed one."""
     if options_of(kvc.server_args).enabled:
         mha_pool_class = functools.partial(PackedKVPool, plan=rank_plan(kvc))

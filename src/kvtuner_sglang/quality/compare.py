@@ -6,6 +6,7 @@ All sums are float64.  Rows are taken in slices, so memory stays below 2 GB for 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Mean:
         return self.value - Z95 * self.standard_error, self.value + Z95 * self.standard_error
 
 
-Logits = np.ndarray | torch.Tensor
+Logits: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 def compare_logits(full: Logits, quantized: Logits, tokens: Sequence[int], device: str = "cpu") -> TokenRows:
