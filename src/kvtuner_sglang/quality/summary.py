@@ -92,29 +92,39 @@ def write_summary(folder: Path) -> Path:
     return path
 
 
+def front(shown: "pd.DataFrame", column: str) -> "pd.DataFrame":
+    """Rows that no row of at most as many bits beats, by bits: what there is to choose from."""
+    better = shown[column].lt if column == "kl" else shown[column].gt
+    best = [index for index, row in shown.iterrows()
+            if not (better(row[column]) & (shown["effective_bits"] <= row["effective_bits"])).any()]
+    return shown.loc[best].drop_duplicates(["effective_bits", column]).sort_values("effective_bits")
+
+
 def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
-    """`column` against effective bits, one colour a model; filled: through the engine, hollow: fake quantization."""
-    shown = frame[frame[column].notna() & (frame["effective_bits"] < 16)]
-    models = sorted(shown["model"].unique())
-    for number, model in enumerate(models):
-        for engine, face in (("sglang", f"C{number}"), ("transformers", "none")):
-            part = shown[(shown["model"] == model) & (shown["engine"] == engine)]
-            if part.empty:
-                continue
-            values = part[column].clip(lower=SMALLEST_KL) if column == "kl" else part[column]
-            ax.scatter(part["effective_bits"], values, s=22, facecolors=face, edgecolors=f"C{number}", linewidths=0.8,
-                       label=f"{model} ({engine})")
-            if engine == "sglang":
-                for x, y, name in zip(part["effective_bits"], values, part["quant"], strict=True):
-                    ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 2), fontsize=6)
-        full = frame[(frame["model"] == model) & frame["recall_full"].notna()]
-        if column == "recall" and not full.empty:
-            ax.axhline(full["recall_full"].iloc[0], color=f"C{number}", linewidth=0.6, linestyle="--")
+    """One model's `column` against effective bits; filled: through the engine, hollow: fake quantization.
+
+    A line joins the best of all, whose names are written; dashed: full precision.
+    """
+    shown = frame[frame[column].notna() & (frame["effective_bits"] < 16)].copy()
     if column == "kl":
+        shown[column] = shown[column].clip(lower=SMALLEST_KL)
         ax.set_yscale("log")
-    ax.set_xlabel("effective bits per cached element, scales and zeros counted")
-    ax.set_ylabel(FIGURES[column])
-    ax.legend(fontsize=6)
+    for engine, face in (("sglang", "C0"), ("transformers", "none")):
+        part = shown[shown["engine"] == engine]
+        ax.scatter(part["effective_bits"], part[column], s=18, facecolors=face, edgecolors="C0", linewidths=0.7,
+                   label=engine)
+    best = front(shown, column)
+    ax.plot(best["effective_bits"], best[column], color="C1", linewidth=0.7)
+    for _, row in best.iterrows():
+        ax.annotate(row["quant"], (row["effective_bits"], row[column]), textcoords="offset points",
+                    xytext=(2, 4 if column == "kl" else -5), rotation=55 if column == "kl" else -55, fontsize=5,
+                    va="bottom" if column == "kl" else "top", rotation_mode="anchor")
+    full = frame["recall_full"].dropna()
+    if column == "recall" and not full.empty:
+        ax.axhline(full.iloc[0], color="grey", linewidth=0.6, linestyle="--")
+    ax.set_title(frame["model"].iloc[0], fontsize=8)
+    ax.set_xlabel("effective bits per cached element", fontsize=7)
+    ax.tick_params(labelsize=7)
 
 
 def write_figures(folder: Path) -> list[Path]:
@@ -128,8 +138,13 @@ def write_figures(folder: Path) -> list[Path]:
     frame = pd.read_csv(folder / CSV_FILE)
     paths = []
     for column in FIGURES:
-        figure, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-        draw(ax, frame, column)
+        models = [rows for _, rows in frame.groupby("model") if rows[column].notna().any()]
+        figure, axes = plt.subplots(1, len(models), figsize=(3.1 * len(models), 3.6), sharex=True, sharey=True,
+                                    squeeze=False, layout="constrained")
+        for ax, rows in zip(axes[0], models, strict=True):
+            draw(ax, rows, column)
+        axes[0, 0].set_ylabel(FIGURES[column], fontsize=7)
+        axes[0, 0].legend(fontsize=6)
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
             paths.append((folder / column).with_suffix(suffix))
             figure.savefig(paths[-1], metadata=metadata, dpi=200)
