@@ -10,6 +10,7 @@ A page holds `page_size` tokens of every kv head of the rank.  For keys, and aga
     extra   (pages, kv_heads, page_size, head_dim / 16 * bits / 8)   uint8, boosted keys only
             second halves of the codes of boosted channels, in the order of the channels; the first halves are in
             `codes`, and the sign bit of such a channel's scale is set
+            (reference.py says which channels are boosted)
 
 16-bit tensors have codes of the model's dtype, (pages, kv_heads, page_size, head_dim), and no meta.
 One (page, head) is contiguous: a kernel reads it as one block.  Page 0 is padding: writes of padded tokens land there.

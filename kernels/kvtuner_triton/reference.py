@@ -9,11 +9,12 @@ Symmetric:                            scale = fp16(max |x| / (2^(b-1) - 1)),
 All arithmetic is fp32; codes are taken against the rounded fp16 scale and zero, so rounding those costs no accuracy
 twice.  A scale that rounds to zero means a constant group: code 0 (symmetric: 2^(b-1)), x' = zero (symmetric: 0).
 
-Boosted keys: of each page and kv head the head_dim / 16 channels c with the largest w_c (max k_c - min k_c)^2 are
-quantized to 2b bits.  w_c is the sum of q_c^2 over the query heads of the kv head at the page's last position, so
-w_c times the squared step is what rounding channel c adds to the attention scores.  It depends on the page's own
-tokens alone, needs no calibration, and is known in the step that completes the page.  Such a code is stored in two
-halves, and the sign bit of the channel's scale, which is never negative, says so.
+Boosted keys: of each page and kv head the head_dim / 16 channels c with the largest w_c r_c^2 are quantized to 2b bits.
+r_c is what the step is proportional to, max k_c - min k_c (symmetric: max |k_c|); w_c is the sum of q_c^2 over this
+rank's query heads of the kv head at the page's last position.  So w_c r_c^2 is, up to a constant, the mean square that
+rounding channel c adds to that query's scores.  It depends on the page's own tokens alone, needs no calibration, and is
+known in the step that completes the page.  Such a code is stored in two halves, and the sign bit of the channel's
+scale, which is never negative, says so.  Codes are bit for bit defined given w; how w is summed is not.
 """
 
 import torch
@@ -22,6 +23,7 @@ from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton.layout import PackedTensor
 
 FP16_MAX = 65504.0
+PAGES_AT_ONCE = 4096  # dequantizing takes several temporaries in fp32
 
 
 def quantize(x: torch.Tensor, bits: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,21 +104,23 @@ def score_weights(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return q.float().unflatten(-2, (kv_heads, -1)).square().sum(-2)
 
 
-def most_important(x: torch.Tensor, weight: torch.Tensor | None, count: int) -> torch.Tensor:
+def most_important(x: torch.Tensor, weight: torch.Tensor | None, count: int, *, symmetric: bool) -> torch.Tensor:
     """The `count` channels of pages x (..., tokens, head_dim) to boost, (..., count) ascending; ties: the lower."""
     if weight is None:
         raise ValueError("boosted keys need the weights of their channels")
     low, high = x.float().aminmax(dim=-2)
-    order = (weight * (high - low).square()).argsort(dim=-1, descending=True, stable=True)
+    reach = torch.maximum(-low, high) if symmetric else high - low
+    order = (weight * reach.square()).argsort(dim=-1, descending=True, stable=True)
     return order[..., :count].sort(-1).values
 
 
 def _encode_boosted(fmt: TensorFormat, x: torch.Tensor, weight: torch.Tensor | None) -> Encoded:
-    chosen = most_important(x, weight, fmt.boosted_channels(x.shape[-1]))[..., None]
+    chosen = most_important(x, weight, fmt.boosted_channels(x.shape[-1]), symmetric=fmt.symmetric)[..., None]
     channels = x.transpose(-1, -2)
     codes, meta = quantize(channels, fmt.bits, symmetric=fmt.symmetric)
+    meta[..., 0] = meta[..., 0].abs()  # its sign bit is the mark, so it must not be -0
     fine, fine_meta = quantize(_take(channels, chosen), 2 * fmt.bits, symmetric=fmt.symmetric)
-    fine_meta[..., 0] = -fine_meta[..., 0]
+    fine_meta[..., 0] = -fine_meta[..., 0].abs()
     codes = codes.scatter(-2, chosen.expand(fine.shape), fine >> fmt.bits)
     meta = meta.scatter(-2, chosen.expand(fine_meta.shape), fine_meta)
     halves = fine & (2**fmt.bits - 1)
@@ -168,13 +172,16 @@ def write_pages(store: PackedTensor, page: torch.Tensor, x: torch.Tensor, weight
 
 def read_pages(store: PackedTensor, page: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Pages as attention sees them: page (n,) int64 -> (kv_heads, n * page_size, head_dim) in `dtype`."""
-    codes = store.codes[page]
-    if store.meta is None:
-        x = codes.to(dtype)
-    else:
-        extra = None if store.extra is None else store.extra[page]
-        x = decode(store.fmt, codes, store.meta[page], extra).to(dtype)
+    parts = [_read(store, part, dtype) for part in page.split(PAGES_AT_ONCE)]
+    x = torch.cat(parts) if len(parts) != 1 else parts[0]
     return x.transpose(0, 1).flatten(1, 2)
+
+
+def _read(store: PackedTensor, page: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if store.meta is None:
+        return store.codes[page].to(dtype)
+    extra = None if store.extra is None else store.extra[page]
+    return decode(store.fmt, store.codes[page], store.meta[page], extra).to(dtype)
 
 
 def _fp16(x: torch.Tensor) -> torch.Tensor:

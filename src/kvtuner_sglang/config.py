@@ -15,8 +15,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
-from kvtuner_sglang.quant import KVFormat, TensorFormat, kv_format
+from kvtuner_sglang.quant import KVFormat
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -47,8 +48,18 @@ class QuantConfig:
     axis_value: Literal[0, 1]
     group_size: PositiveInt | None
     asym: bool
-    key_boost: bool
+    key_boost: bool | None
     page_size: PositiveInt | None
+
+    def options(self) -> KvtunerOptions:
+        """What the plugin is asked for in a server of this format."""
+        if not self.enabled:
+            return KvtunerOptions()
+        return KvtunerOptions(
+            enable_kvtuner_quant=True, kvtuner_nbits_key=self.nbits_key, kvtuner_nbits_value=self.nbits_value,
+            kvtuner_axis_key=self.axis_key, kvtuner_axis_value=self.axis_value, kvtuner_asym=self.asym,
+            kvtuner_q_group_size=self.group_size, kvtuner_key_boost=self.key_boost,
+        )
 
     @property
     def page_tokens(self) -> int:
@@ -57,12 +68,7 @@ class QuantConfig:
 
     def kv_format(self) -> KVFormat:
         """The format of every layer; 16-bit keys and values when disabled."""
-        if not self.enabled:
-            return KVFormat(TensorFormat(16), TensorFormat(16))
-        return kv_format(
-            bits_key=self.nbits_key, bits_value=self.nbits_value, axis_key=self.axis_key, axis_value=self.axis_value,
-            group_size=self.group_size, asym=self.asym, key_boost=self.key_boost,
-        )
+        return self.options().kv_format()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -212,9 +218,14 @@ def check(config: RunConfig) -> None:
     if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
         raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
     if quant.enabled:
-        _ = quant.page_tokens
-    elif quant.page_size is not None:
-        raise ConfigError(f"quant=bf16 leaves pages to SGLang: leave quant.page_size={quant.page_size} out.")
+        if config.quality.probe_tokens < 2 * quant.page_tokens:
+            raise ConfigError(f"quality.probe_tokens={config.quality.probe_tokens} reads too little as stored with "
+                              f"pages of {quant.page_tokens}: give {4 * quant.page_tokens} or more.")
+    else:
+        for name, value in (("page_size", quant.page_size), ("key_boost", quant.key_boost)):
+            if value is not None:
+                raise ConfigError(f"quant={quant.name} stores keys and values as they are: leave quant.{name}={value} "
+                                  "out.")
     if config.quality.window_tokens >= config.quality.context_length:
         raise ConfigError(f"quality.window_tokens={config.quality.window_tokens} does not fit "
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")

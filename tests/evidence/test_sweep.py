@@ -71,6 +71,7 @@ def test_a_job_without_a_record_is_a_failed_job(tmp_path: Path) -> None:
     job = job_of(Outcome(tmp_path, "failed", False, "tp=3 does not divide 9 heads"), "dist=tp3")
     assert (job.status, job.reason) == ("failed", "tp=3 does not divide 9 heads")
     assert "run it first" in (job_of(Outcome(tmp_path, "ok", False, None), "x").reason or "")
+    assert job_of(Outcome(None, "ok", False, None), "task=probe").status == "ok"
 
 
 def test_hydra_multirun_prints_its_own_jobs(tmp_path: Path, written: Callable[..., Path]) -> None:

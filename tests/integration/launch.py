@@ -53,6 +53,27 @@ def members(group: int) -> list[int]:
     return found
 
 
+def other_plugin(folder: Path, changes: str) -> dict[str, str]:
+    """An installed plugin that is ours but for `changes`, indented code that runs before it registers.
+
+    Returns the environment that makes SGLang load it instead.
+    """
+    (folder / "broken_kvtuner.py").write_text(f"""
+import kvtuner_sglang
+from kvtuner_sglang.plugin import entry
+
+def register():
+{changes}
+    entry.register()
+""")
+    info = folder / "broken_kvtuner-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_kvtuner\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken = broken_kvtuner:register\n")
+    path = [cpu_server_environment(1, 1, 0)["PYTHONPATH"], str(folder)]
+    return {"SGLANG_PLUGINS": "broken", "PYTHONPATH": os.pathsep.join(path)}
+
+
 @contextlib.contextmanager
 def nodes(
     model: Path,

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from launch import free_port, nodes, wait_ended, wait_ready
-
-from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
+from launch import free_port, nodes, other_plugin, wait_ended, wait_ready
 
 QUANTIZED = [
     "--enable-kvtuner-quant",
@@ -68,23 +66,6 @@ def plugin_without(hook: str, folder: Path) -> dict[str, str]:
 def plugin_of_version(version: str, folder: Path) -> dict[str, str]:
     """An installed plugin that is ours but calls itself another version."""
     return other_plugin(folder, f"    kvtuner_sglang.__version__ = {version!r}")
-
-
-def other_plugin(folder: Path, changes: str) -> dict[str, str]:
-    (folder / "broken_kvtuner.py").write_text(f"""
-import kvtuner_sglang
-from kvtuner_sglang.plugin import entry
-
-def register():
-{changes}
-    entry.register()
-""")
-    info = folder / "broken_kvtuner-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_kvtuner\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken = broken_kvtuner:register\n")
-    path = [cpu_server_environment(1, 1, 0)["PYTHONPATH"], str(folder)]
-    return {"SGLANG_PLUGINS": "broken", "PYTHONPATH": os.pathsep.join(path)}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import requests
-from launch import Node, free_port, nodes, wait_ready
+from launch import Node, free_port, nodes, other_plugin, wait_ready
 
 from kvtuner_sglang.quality import transformers_path
 from kvtuner_sglang.quality.prose import prose_windows
@@ -31,6 +31,18 @@ FLAGS = (
     "--max-running-requests", str(AT_ONCE), "--context-length", "2048",
 )
 CHUNKS = ("--chunked-prefill-size", str(PAGE))
+COUNT_MIXED_PASSES = """
+    from kvtuner_sglang.plugin.reference_backend import ReferenceBackend
+
+    original = ReferenceBackend.init_forward_metadata
+
+    def counting(backend, batch):
+        if batch.forward_mode.is_mixed():
+            print("a mixed pass", flush=True)
+        return original(backend, batch)
+
+    ReferenceBackend.init_forward_metadata = counting
+"""
 RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
 
 pytestmark = pytest.mark.slow  # seven servers, a quarter of an hour on two cores
@@ -44,25 +56,25 @@ class Answer:
     retractions: int
 
 
-def ask(url: str, prompts: list[list[int]], at_once: int = 1) -> list[Answer]:
+def ask(url: str, prompts: list[list[int]], at_once: int = 1, *, log_probabilities: bool = True) -> list[Answer]:
     """Greedy continuations, `at_once` requests in flight."""
 
     def one(prompt: list[int]) -> Answer:
-        body = {"input_ids": prompt, "return_logprob": True,
+        body = {"input_ids": prompt, "return_logprob": log_probabilities,
                 "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}}
         reply = requests.post(f"{url}/generate", json=body, timeout=300)
         assert reply.status_code == 200, reply.text
         meta = reply.json()["meta_info"]
         assert meta["completion_tokens"] == NEW_TOKENS
-        values, tokens, _ = zip(*meta["output_token_logprobs"], strict=True)
-        return Answer(list(tokens), list(values), meta["cached_tokens"], meta.get("num_retractions", 0))
+        values = [entry[0] for entry in meta.get("output_token_logprobs", ())]
+        return Answer(reply.json()["output_ids"], values, meta["cached_tokens"], meta.get("num_retractions", 0))
 
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, prompts))
 
 
 def moved(some: list[Answer], others: list[Answer]) -> np.ndarray:
-    """|difference| of log-probabilities of all tokens before which both texts are equal."""
+    """|difference| of log-probabilities of all tokens up to which both texts are equal."""
     differences = []
     for a, b in zip(some, others, strict=True):
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.tokens, b.tokens, strict=True))
@@ -70,6 +82,10 @@ def moved(some: list[Answer], others: list[Answer]) -> np.ndarray:
         differences += [abs(x - y) for (x, y), _ in zip(pairs, same, strict=False)]
     assert len(differences) > PROMPTS * NEW_TOKENS / 4, "too few tokens are left to compare"
     return np.array(differences)
+
+
+def texts_equal(some: list[Answer], others: list[Answer]) -> int:
+    return sum(a.tokens == b.tokens for a, b in zip(some, others, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -108,24 +124,26 @@ def alone(serve, prompts) -> tuple[list[Answer], list[Answer], list[Answer]]:
         warm = ask(node.url, prompts)
         requests.post(f"{node.url}/flush_cache", timeout=60).raise_for_status()
         batched = ask(node.url, prompts, AT_ONCE)
+        assert all(answer.cached == 0 for answer in batched)
         require_batches(node)
         return cold, warm, batched
 
 
 @pytest.fixture(scope="module")
-def floor(serve, prompts, alone) -> tuple[float, float]:
-    """Mean and maximum of what relative noise of 1e-6 on keys and values does."""
+def floor(serve, prompts, alone) -> tuple[float, float, int]:
+    """What relative noise of 1e-6 on keys and values does: mean and maximum, and how many texts stay equal."""
     with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE)) as node:
-        differences = moved(alone[0], ask(node.url, prompts))
+        noisy = ask(node.url, prompts)
+    differences = moved(alone[0], noisy)
     assert differences.mean() > 1e-4, "without quantized pages in view this test says nothing"
-    return float(differences.mean()), float(differences.max())
+    return float(differences.mean()), float(differences.max()), texts_equal(alone[0], noisy)
 
 
 @pytest.fixture
 def within_the_floor(alone, floor, record_property):
     def check(name: str, answers: list[Answer]) -> None:
         differences = moved(alone[0], answers)
-        equal = sum(a.tokens == b.tokens for a, b in zip(alone[0], answers, strict=True))
+        equal = texts_equal(alone[0], answers)
         found = {"floor_mean": floor[0], "floor_max": floor[1], "mean": differences.mean(), "max": differences.max(),
                  "tokens": len(differences), "texts_equal": equal}
         print(name, json.dumps({key: float(f"{value:.4g}") for key, value in found.items()}))  # noqa: T201
@@ -153,16 +171,21 @@ def test_whole_prompts_in_one_chunk(serve, prompts, within_the_floor):
         within_the_floor("one chunk", ask(node.url, prompts))
 
 
-def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, within_the_floor):
+def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, alone, floor, tmp_path):
+    """SGLang mixes only requests that ask for no log-probabilities, so as many texts as under noise must be equal."""
     # A chunk of one page has no room beside a decoding request.
     flags = ("--chunked-prefill-size", str(3 * PAGE), "--enable-mixed-chunk")
-    with serve(*flags, arguments=("--grammar-backend", "none")) as node:
+    counting = other_plugin(tmp_path, COUNT_MIXED_PASSES)
+    with serve(*flags, environment=counting, arguments=("--grammar-backend", "none")) as node:
         info = requests.get(f"{node.url}/server_info", timeout=20).json()
         assert info["disable_overlap_schedule"] is False
-        assert info["enable_mixed_chunk"] is True
-        answers = ask(node.url, prompts, AT_ONCE)
+        answers = ask(node.url, prompts, AT_ONCE, log_probabilities=False)
         require_batches(node)
-    within_the_floor("mixed, overlap", answers)
+        mixed = node.text().count("a mixed pass")
+    equal = texts_equal(alone[0], answers)
+    print("mixed, overlap:", mixed, "mixed passes;", equal, "texts equal, under noise", floor[2])  # noqa: T201
+    assert mixed >= PROMPTS / 2
+    assert equal >= floor[2]
 
 
 def test_forced_retractions(serve, prompts, within_the_floor):

@@ -99,7 +99,7 @@ def test_pages_read_back_what_was_written_and_nothing_else(fmt):
 
 def slow_boosted(page: np.ndarray, weight: np.ndarray, bits: int, symmetric: bool) -> tuple[set[int], np.ndarray]:
     """Boosted channels of one page (tokens, head_dim), and the page as read back, channel by channel."""
-    spread = page.max(0) - page.min(0)
+    spread = np.abs(page).max(0) if symmetric else page.max(0) - page.min(0)
     order = sorted(range(page.shape[1]), key=lambda c: (-weight[c] * spread[c] * spread[c], c))
     boosted = set(order[: page.shape[1] // 16])
     back = np.empty_like(page)
@@ -109,6 +109,37 @@ def slow_boosted(page: np.ndarray, weight: np.ndarray, bits: int, symmetric: boo
         offset, zero = (2 ** (b - 1), np.float32(0)) if symmetric else (0, np.float32(meta[1]))
         back[:, c] = [np.float32(code - offset) * np.float32(meta[0]) + zero for code in codes]
     return boosted, back
+
+
+def slow_decode(codes: torch.Tensor, meta: torch.Tensor, extra: torch.Tensor, bits: int,
+                symmetric: bool) -> np.ndarray:
+    """One page from its bytes, as layout.py describes them."""
+
+    def field(row: list[int], index: int) -> int:
+        return (row[index * bits // 8] >> (index * bits % 8)) & (2**bits - 1)
+
+    tokens, head_dim = codes.shape[0], meta.shape[1]
+    scales = meta[0].numpy()
+    marked = [c for c in range(head_dim) if np.signbit(scales[c])]
+    out = np.empty((tokens, head_dim), np.float32)
+    for t in range(tokens):
+        first, second = codes[t].tolist(), extra[t].tolist()
+        for c in range(head_dim):
+            code, b = field(first, c), bits
+            if c in marked:
+                code, b = code << bits | field(second, marked.index(c)), 2 * bits
+            zero = np.float32(0) if symmetric else np.float32(meta[1, c].item())
+            offset = 2 ** (b - 1) if symmetric else 0
+            out[t, c] = np.float32(code - offset) * np.float32(abs(scales[c])) + zero
+    return out
+
+
+def test_score_weights_sum_the_query_heads_of_each_kv_head():
+    q = torch.randn(3, 6, 8)
+    expected = torch.zeros(3, 2, 8)
+    for head in range(6):
+        expected[:, head // 3] += q[:, head] ** 2
+    assert torch.allclose(reference.score_weights(q, 2), expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,6 +153,7 @@ def test_the_channels_that_matter_most_have_twice_the_bits(bits, symmetric, head
     codes, meta, extra = reference.encode(fmt, x, weight)
     back = reference.decode(fmt, codes, meta, extra)
     for i in range(3):
+        assert np.array_equal(slow_decode(codes[i], meta[i], extra[i], bits, symmetric), back[i].numpy())
         boosted, expected = slow_boosted(x[i].numpy(), weight[i].numpy(), bits, symmetric)
         assert set(torch.signbit(meta[i, 0]).nonzero()[:, 0].tolist()) == boosted
         assert np.array_equal(back[i].numpy(), expected)

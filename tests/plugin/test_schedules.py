@@ -136,14 +136,15 @@ class Scheduler:
         ids = torch.tensor(tokens[: position + 1])
         own = position // PAGE * PAGE
         key, value = self.k[ids].clone(), self.v[ids].clone()
-        fmt = self.world.fmt
+        fmt, repeated = self.world.fmt, Q_HEADS // KV_HEADS
         for first in range(0, own, PAGE):
             page = slice(first, first + PAGE)
-            weight = reference.score_weights(self.q[tokens[first + PAGE - 1]], KV_HEADS)
+            last = self.q[tokens[first + PAGE - 1]]
+            weight = torch.stack([last[head * repeated : (head + 1) * repeated].square().sum(0)
+                                  for head in range(KV_HEADS)])
             for x, tensor in ((key, fmt.key), (value, fmt.value)):
                 whole = x[page].transpose(0, 1)
                 x[page] = reference.decode(tensor, *reference.encode(tensor, whole, weight)).transpose(0, 1)
-        repeated = Q_HEADS // KV_HEADS
         scores = (
             torch.einsum("hd,thd->ht", self.q[tokens[position]], key.repeat_interleave(repeated, 1)) * HEAD_DIM**-0.5
         )

@@ -68,15 +68,41 @@ def test_measured_once_for_a_model_and_plan_and_judged_by_the_bound_of_today(str
     assert ask(stressed, KV4, 64, tmp_path, 9.0, said) == first
     with pytest.raises(UserError, match="over the bound 1e-09"):
         ask(stressed, KV4, 64, tmp_path, 1e-9, said)
-    names = {probe_file(tmp_path, sha, plan, page, 256) for sha in ("a" * 64, "b" * 64)
-             for plan, page in ((KV4, 64), (KV4, 128), (KV4_TOKEN, 1))}
-    assert len(names) == 6
+    names = {probe_file(tmp_path, sha, plan, page, 256, device, dtype) for sha in ("a" * 64, "b" * 64)
+             for plan, page in ((KV4, 64), (KV4, 128), (KV4_TOKEN, 1))
+             for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16))}
+    assert len(names) == 12
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"kl": 0.1}', '{"kl": 0.1, "worst_layers": 3}'])
 def test_a_broken_cache_file_is_measured_again(stressed, tmp_path, broken):
-    path = probe_file(tmp_path, "ab" * 32, KV4, 64, 256)
+    path = probe_file(tmp_path, "ab" * 32, KV4, 64, 256, "cpu", torch.float32)
     path.write_text(broken)
     said: list[str] = []
     assert ask(stressed, KV4, 64, tmp_path, 9.0, said).kl > 0
     assert "once for this plan" in said[0]
+
+
+def test_tokens_that_read_nothing_stored_are_left_out(tiny_checkpoint):
+    """The first page is exact, so with it the mean over two pages would be half of what it is."""
+    one = probe(tiny_checkpoint, KV4, 64, 128, "cpu", torch.float32)
+    assert one.tokens == 64
+    assert one.kl > 1e-6
+
+
+def test_a_probe_process_that_fails_or_dies_has_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"the probe's process died.*\.$"):
+        probe_module.probe_in_own_process(tmp_path / "nothing", KV4, 64, 256, "cpu", torch.float32)
+
+
+def test_an_interrupted_probe_leaves_no_process(tiny_checkpoint, monkeypatch):
+    """What interrupts the wait for the answer reaches the caller at once."""
+    import multiprocessing.connection
+
+    def interrupt(_self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        probe_module.probe_in_own_process(tiny_checkpoint, KV4, 64, 256, "cpu", torch.float32)
+    assert multiprocessing.active_children() == []

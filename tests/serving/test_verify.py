@@ -22,13 +22,14 @@ def truth(config: RunConfig) -> dict[str, Any]:
     for rank in range(dist.ranks):
         pp_rank, tp_rank = divmod(rank, dist.tp)
         layers = [pp_rank * LAYERS // dist.pp, (pp_rank + 1) * LAYERS // dist.pp]
-        per_token = KVShape(2, 64, 4, 1).bytes_per_token(plan[slice(*layers)])
-        tokens = int(config.server.kv_gib * GIB // per_token) - 1
+        page = config.quant.page_tokens
+        per_token = KVShape(2, 64, 4, page).bytes_per_token(plan[slice(*layers)])
+        tokens = (int(config.server.kv_gib * GIB // (per_token * page)) - 1) * page
         ranks.append({
             "rank": rank, "tp_rank": tp_rank, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
             "pid": 100 + rank, "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
-            "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "page_size": 1, "tokens": tokens,
-            "pool_bytes": int(per_token * (tokens + 1)), "tail_bytes": 0, "bytes_per_token": per_token,
+            "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "page_size": page, "tokens": tokens,
+            "pool_bytes": int(per_token * (tokens + page)), "tail_bytes": 0, "bytes_per_token": per_token,
             "enabled": config.quant.enabled, "plan_hash": format_hash(plan), "kv_gib": config.server.kv_gib,
             "package_version": kvtuner_sglang.__version__, "sglang_version": "0.5.17",
         })
@@ -57,6 +58,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "all on one node": (lambda k: [r.update(node_rank=0) for r in k["ranks"]], "on 1 nodes instead of 2"),
     "a layer left out": (last(layers=[16, 30]), "tensor-parallel rank 1 holds layers"),
     "the last layer left out": (last(layers=[15, 29]), "tensor-parallel rank 1 holds layers"),
+    "another page": (last(page_size=128), "rank 3 on node 1 has pages of 128 tokens instead of 64"),
     "SGLang's own pool": (last(pool_class="MHATokenToKVPool"), "rank 3 on node 1 keeps its keys and values in MHA"),
     "one rank off": (last(enabled=False), "rank 3 on node 1 keeps"),
     "one rank another plan": (last(plan_hash="1" * 12), "rank 3 on node 1 stores plan 111111111111"),

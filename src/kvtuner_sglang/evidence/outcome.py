@@ -6,9 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Outcome:
-    """`skipped`: a finished record was already there. `reason` says why a status is not ok."""
+    """`run_dir`: None for a task that leaves no record. `skipped`: a finished record was already there. `reason` says
+    why a status is not ok."""
 
-    run_dir: Path
+    run_dir: Path | None
     status: str
     skipped: bool
     reason: str | None

@@ -34,14 +34,17 @@ class SweepJob:
     record: RunRecord | None
     skipped: bool = False
     reason: str | None = None
+    ended: str | None = None  # how a task without a record ended
 
     @property
     def status(self) -> str:
-        return self.record.status if self.record else "failed"
+        return self.ended or (self.record.status if self.record else "failed")
 
 
 def job_of(outcome: Outcome, name: str) -> SweepJob:
-    """The job behind an outcome; a job that left no readable record is a failed job with its reason."""
+    """The job behind an outcome; one that should have left a record and did not is failed, with the reason."""
+    if outcome.run_dir is None:
+        return SweepJob(name, None, outcome.skipped, outcome.reason, outcome.status)
     try:
         return SweepJob(name, load_record(outcome.run_dir), outcome.skipped, outcome.reason)
     except UserError as error:

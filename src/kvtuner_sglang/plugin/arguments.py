@@ -114,11 +114,7 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(f"architecture {architectures[0]} is not covered by a test with quantized keys and values: "
                           f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}, or --enable-kvtuner-quant=False.")
-    fmt = options.kv_format()
-    for tensor in (fmt.key, fmt.value):
-        tensor.code_bytes(config.head_dim, 2)
-        if tensor.quantized and not tensor.per_channel:
-            tensor.groups(config.head_dim)
+    options.kv_format().check(config.head_dim)
     heads = config.num_attention_heads
     if server_args.device != "cpu" and heads % server_args.tp_size:
         raise ConfigError(f"--tp-size {server_args.tp_size} does not divide the model's {heads} query heads: "

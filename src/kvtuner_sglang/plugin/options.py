@@ -103,10 +103,12 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kvtuner-q-group-size", type=int, default=None,
                        help="Channels that share a scale on axis 0; must divide head_dim. Default: the whole head.")
     group.add_argument("--kvtuner-asym", type=_boolean, nargs="?", const=True, default=True, metavar="True|False",
-                       help="Asymmetric (scale and zero) or symmetric (scale). Default: True.")
-    group.add_argument("--kvtuner-key-boost", type=_boolean, default=None, metavar="True|False",
+                       help="Asymmetric (scale and zero) or symmetric (scale); values beside boosted keys are "
+                            "symmetric. Default: True.")
+    group.add_argument("--kvtuner-key-boost", type=_boolean, nargs="?", const=True, default=None, metavar="True|False",
                        help="Twice the bits for the 1 in 16 key channels of a page that matter most, paid for by "
-                            "symmetric values. Default: True for 4-bit keys on axis 1 beside values of 4 or 8 bits.")
+                            "symmetric values of 4 or 8 bits. Default: True for 4-bit keys on axis 1 beside such "
+                            "values.")
     group.add_argument("--kvtuner-residual-length", type=int, default=0,
                        help="Recent tokens in full precision: only 0, the page in progress aside. Default: 0.")
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,

@@ -89,14 +89,7 @@ def _questions(tokenizer: Any, items: list[CompletionItem]) -> Questions:
 
 def plugin_keywords(quant: QuantConfig, kv_gib: float, kv_noise: float = 0.0) -> dict[str, Any]:
     """`sglang.Engine` keywords that serve `quant`; only those that differ from the plugin's defaults."""
-    options = KvtunerOptions(kvtuner_kv_gib=kv_gib)
-    if quant.enabled:
-        options = KvtunerOptions(
-            enable_kvtuner_quant=True, kvtuner_nbits_key=quant.nbits_key, kvtuner_nbits_value=quant.nbits_value,
-            kvtuner_axis_key=quant.axis_key, kvtuner_axis_value=quant.axis_value, kvtuner_asym=quant.asym,
-            kvtuner_key_boost=quant.key_boost, kvtuner_q_group_size=quant.group_size, kvtuner_kv_gib=kv_gib,
-            kvtuner_kv_noise=kv_noise,
-        )
+    options = replace(quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_kv_noise=kv_noise)
     default = asdict(KvtunerOptions())
     return {name: value for name, value in asdict(options).items() if value != default[name]}
 

@@ -6,11 +6,11 @@ the server starts.  The verdict is cached by the checkpoint's sha256 and the pla
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +28,13 @@ from kvtuner_sglang.quality.transformers_path import (
 from kvtuner_sglang.quant import KVFormat, format_hash
 
 WORST_LAYERS = 3
-PROBE_VERSION = 1  # part of the cache key: raise it when text or method change
+PROBE_VERSION = 2  # part of the cache key: raise it when text or method change
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """kl: mean nats over `tokens`; worst_layers: layer and KL with this layer alone quantized, worst first."""
+    """kl: mean nats over the `tokens` whose queries read stored pages; worst_layers: layer and KL with this layer alone
+    quantized, worst first."""
 
     kl: float
     top1_agreement: float
@@ -44,13 +45,15 @@ class ProbeResult:
         """The sentence for a result above the bound."""
         layers = ", ".join(f"{layer} ({kl:.3f})" for layer, kl in self.worst_layers)
         return (f"{model} with quant={plan_name} has a logit KL of {self.kl:.3f} over the bound {bound:g} on "
-                f"{self.tokens} tokens; worst layers by KL alone: {layers}; use quant=kv4 or kv8, or raise "
-                "quality.probe_bound.")
+                f"{self.tokens} tokens; worst layers by KL alone: {layers}; use more bits or keys per channel "
+                "(quant=kv4, kv8, bf16), or raise quality.probe_bound.")
 
 
-def probe_file(cache_dir: Path, model_sha256: str, plan: Sequence[KVFormat], page_size: int, tokens: int) -> Path:
-    """Where the verdict on this checkpoint and plan is kept."""
-    name = f"v{PROBE_VERSION}-{model_sha256[:16]}-{format_hash(plan)}-page{page_size}-{tokens}.json"
+def probe_file(cache_dir: Path, model_sha256: str, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
+               dtype: torch.dtype) -> Path:
+    """Where the verdict on this checkpoint, plan and precision is kept."""
+    precision = f"{device}-{str(dtype).removeprefix('torch.')}"
+    name = f"v{PROBE_VERSION}-{model_sha256[:16]}-{format_hash(plan)}-page{page_size}-{tokens}-{precision}.json"
     return cache_dir / name
 
 
@@ -65,7 +68,8 @@ def probe(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: in
     def kl_and_agreement(some: Sequence[KVRecipe | None]) -> tuple[float, float]:
         with quantized(some):
             rows = compare_logits(full, logits(model, window), window, device)
-        return float(rows.kl.mean()), float(rows.agree.mean())
+        # Before the second page nothing is read as stored, which would only dilute the mean.
+        return float(rows.kl[page_size:].mean()), float(rows.agree[page_size:].mean())
 
     kl, agreement = kl_and_agreement(recipes)
     errors = attention_errors(model, window, recipes)
@@ -74,18 +78,39 @@ def probe(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: in
     alone = {layer: kl_and_agreement([r if i == layer else None for i, r in enumerate(recipes)])[0]
              for layer in suspects}
     worst = tuple(sorted(alone.items(), key=lambda item: -item[1]))
-    return ProbeResult(kl, agreement, len(window), worst)
+    return ProbeResult(kl, agreement, len(window) - page_size, worst)
 
 
-def probe_in_own_process(model_path: Path, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
-                         dtype: torch.dtype) -> ProbeResult:
-    """`probe`, and its memory given back; raises UserError if the process dies."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(probe, model_path, plan, page_size, tokens, device, dtype).result()
-        except BrokenProcessPool as error:
-            raise UserError("the probe's process died, probably for want of memory: free some, or set "
-                            "quality.probe=false.") from error
+def probe_in_own_process(*arguments: Any) -> ProbeResult:
+    """`probe(*arguments)`, and its memory given back; raises UserError if it does not fit or its process dies.
+
+    The process is gone when this returns or is interrupted.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_probe, args=(sender, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError as error:
+        raise UserError("the probe's process died, see above: mend that, or set quality.probe=false.") from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return answer
+
+
+def _send_probe(sender: Connection, *arguments: Any) -> None:
+    try:
+        sender.send(probe(*arguments))
+    except UserError as error:
+        sender.send(str(error))
+    except torch.OutOfMemoryError:
+        sender.send("the whole model does not fit this GPU beside what runs there, so it cannot be probed: free "
+                    "memory, or set quality.probe=false.")
 
 
 def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_name: str, plan: Sequence[KVFormat],
@@ -93,7 +118,7 @@ def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_
                   say: Callable[[str], None],
                   measure: Callable[..., ProbeResult] = probe_in_own_process) -> ProbeResult:
     """The verdict, from the cache or measured now; raises UserError, one sentence, if its KL is above `bound`."""
-    path = probe_file(cache_dir, model_sha256, plan, page_size, tokens)
+    path = probe_file(cache_dir, model_sha256, plan, page_size, tokens, device, dtype)
     result = _cached(path)
     if result is None:
         say(f"probe: comparing full and quantized logits of {model_name} on {tokens} tokens, once for this plan")

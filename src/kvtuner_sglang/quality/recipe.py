@@ -42,6 +42,10 @@ class TensorRecipe:
     rotate: bool = False
     boost: bool = False
 
+    def __post_init__(self) -> None:
+        if self.boost and (self.axis != PER_CHANNEL or self.bits > 4 or self.clip_search or self.rotate):
+            raise ConfigError("boost is for 4- or 2-bit keys per channel, without clip_search or rotate.")
+
     @property
     def quantized(self) -> bool:
         return self.bits != 16

@@ -2,7 +2,8 @@
 
 Attention is computed over [stored | full] keys and values, stored being what fake quantization reads back.  A query
 at position t sees, for keys per channel, stored positions before its own page and full ones of its own page up to t;
-for per-token keys, stored positions up to t.  Nothing of the engine's code is used but the quantizer.
+for per-token keys, stored positions up to t.  Nothing of the engine's code is used but the quantizer
+and its measure of channels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -175,7 +176,9 @@ def _attend(recipe: KVRecipe | None, index: int, query: torch.Tensor, key: torch
 
 def _weights(recipe: KVRecipe, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Of the queries at the last position of every whole page: (batch, kv_heads, pages, head_dim)."""
-    page = recipe.key.group or query.shape[2]
+    page = recipe.page
+    if page is None:
+        raise ConfigError("keys per channel need a page: give group, the tokens of a page.")
     return score_weights(query[:, :, page - 1 :: page].transpose(1, 2), kv_heads).transpose(1, 2)
 
 

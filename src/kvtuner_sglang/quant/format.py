@@ -23,6 +23,7 @@ METADATA_BYTES = 2  # scale and zero are fp16
 CHANNEL_PAGE_SIZES = (64, 128)  # tokens; the first is the default
 TOKEN_PAGE_SIZES = (1,)
 BOOST_DIVISOR = 16  # one of so many key channels is boosted
+NO_BOOST = "give --kvtuner-key-boost False (quant.key_boost=false)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class TensorFormat:
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group size {self.group_size} is not a number of channels: choose 32, 64 or head_dim.")
         if self.boosted and not (self.per_channel and self.bits < 8):
-            raise ConfigError("only keys of 4 or 2 bits per channel can be boosted: set --kvtuner-key-boost False.")
+            raise ConfigError(f"only keys of 4 or 2 bits per channel can be boosted, not these of {self.bits}: "
+                              f"{NO_BOOST}.")
 
     @property
     def quantized(self) -> bool:
@@ -69,8 +71,12 @@ class TensorFormat:
             return 0
         if head_dim % BOOST_DIVISOR:
             raise ConfigError(f"head_dim {head_dim} is not a multiple of {BOOST_DIVISOR}, so no whole number of key "
-                              "channels can be boosted: set --kvtuner-key-boost False.")
-        return head_dim // BOOST_DIVISOR
+                              f"channels can be boosted: {NO_BOOST}.")
+        channels = head_dim // BOOST_DIVISOR
+        if channels * self.bits % 8:
+            raise ConfigError(f"the {channels} boosted key channels of head_dim {head_dim} fill no whole bytes at "
+                              f"{self.bits} bits: {NO_BOOST}.")
+        return channels
 
     def groups(self, head_dim: int) -> int:
         """Groups along head_dim of one token and head (axis 0); raises ConfigError if they do not divide it."""
@@ -133,9 +139,16 @@ class KVFormat:
         allowed = CHANNEL_PAGE_SIZES if self.key.per_channel else TOKEN_PAGE_SIZES
         if chosen is not None and chosen not in allowed:
             how = "per channel" if self.key.per_channel else "per token"
-            raise ConfigError(f"--page-size {chosen} does not fit keys stored {how}: leave it out or choose "
-                              f"{' or '.join(map(str, allowed))}.")
+            raise ConfigError(f"--page-size {chosen} (quant.page_size) does not fit keys stored {how}: leave it out or "
+                              f"choose {' or '.join(map(str, allowed))}.")
         return chosen or allowed[0]
+
+    def check(self, head_dim: int) -> None:
+        """Raise ConfigError if a model with heads of this size cannot be stored so."""
+        for tensor in (self.key, self.value):
+            tensor.code_bytes(head_dim, METADATA_BYTES)
+            if tensor.quantized and not tensor.per_channel:
+                tensor.groups(head_dim)
 
     def describe(self) -> str:
         return f"K {self.key.describe()}; V {self.value.describe()}"

@@ -56,16 +56,10 @@ class NodeCommand:
 def kvtuner_options(quant: QuantConfig, kv_gib: float, heartbeat_dir: Path,
                     measurement: Measurement) -> KvtunerOptions:
     """What the plugin of every node is asked for; the byte budget and the sign of life without quantization, too."""
-    shared = KvtunerOptions(
-        kvtuner_kv_gib=kv_gib, kvtuner_heartbeat_dir=str(heartbeat_dir), kvtuner_kv_noise=measurement.kv_noise,
-        kvtuner_logits_dir=None if measurement.logits_dir is None else str(measurement.logits_dir),
-    )
-    if not quant.enabled:
-        return shared
     return replace(
-        shared, enable_kvtuner_quant=True, kvtuner_nbits_key=quant.nbits_key, kvtuner_nbits_value=quant.nbits_value,
-        kvtuner_axis_key=quant.axis_key, kvtuner_axis_value=quant.axis_value,
-        kvtuner_q_group_size=quant.group_size, kvtuner_asym=quant.asym, kvtuner_key_boost=quant.key_boost,
+        quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_heartbeat_dir=str(heartbeat_dir),
+        kvtuner_kv_noise=measurement.kv_noise,
+        kvtuner_logits_dir=None if measurement.logits_dir is None else str(measurement.logits_dir),
     )
 
 

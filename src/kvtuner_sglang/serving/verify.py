@@ -89,6 +89,9 @@ def _check_pool(rank: Info, config: RunConfig, plan: Sequence[KVFormat]) -> None
     if rank["pool_class"] != wanted or rank["enabled"] is not config.quant.enabled:
         raise RunFailed(f"{_name(rank)} keeps its keys and values in {rank['pool_class']} instead of {wanted}: "
                         f"{REINSTALL}.")
+    if config.quant.enabled and rank["page_size"] != config.quant.page_tokens:
+        raise RunFailed(f"{_name(rank)} has pages of {rank['page_size']} tokens instead of {config.quant.page_tokens}: "
+                        "start every node with the flags of its script.")
 
 
 def _check_rank_plan(rank: Info, config: RunConfig, plan: Sequence[KVFormat]) -> None:

@@ -18,14 +18,15 @@ def run(config: RunConfig, say: Say) -> Outcome:
         require_probed(config, prepare_checkpoint(config.model.source, config.model.path, say), say)
     else:
         say(f"probe: quant={config.quant.name} stores keys and values as they are, so there is nothing to compare")
-    return Outcome(config.run_dir, "ok", skipped=False, reason=None)
+    return Outcome(None, "ok", skipped=False, reason=None)
 
 
 def require_probed(config: RunConfig, checkpoint: Checkpoint, say: Say) -> None:
     """Raises UserError, one sentence, if the format costs this model more than quality.probe_bound."""
     if not config.quant.enabled:
         return
-    import torch  # here: a finished run is skipped without waiting for these imports
+    config.quant.kv_format().check(checkpoint.head_dim)
+    import torch  # here: without quantization there is nothing to wait for
 
     from kvtuner_sglang.quality.probe import ensure_probed
 

@@ -83,6 +83,9 @@ def _check_plan(quality: Quality, config: RunConfig, checkpoint: Checkpoint) -> 
     if quality.kvtuner["plan_hash"] != asked:
         raise MeasurementInvalid(f"the engine serves plan {quality.kvtuner['plan_hash']} instead of {asked}: "
                                  "reinstall kvtuner-sglang.")
+    if config.quant.enabled and quality.kvtuner["page_size"] != config.quant.page_tokens:
+        raise MeasurementInvalid(f"the engine has pages of {quality.kvtuner['page_size']} tokens instead of "
+                                 f"{config.quant.page_tokens}: reinstall kvtuner-sglang.")
 
 
 def _command(quality: Quality) -> NodeCommand:
