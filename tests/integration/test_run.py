@@ -101,7 +101,7 @@ def test_a_sweep_names_the_job_that_failed(tmp_path):
     words = ["-m", "quant=kv4", "server.kv_gib=0.75,0.000001", f"runs_dir={tmp_path}", "tracking=disabled", *SHORT]
     done = run(*words)
     assert done.returncode == 1
-    table = done.stdout[done.stdout.rindex("| Job") :]
+    table = done.stdout[done.stdout.rindex("| job") :]
     assert re.search(r"0\.75.*\| ok", table)
     assert re.search(r"0\.000001|1e-06.*\| failed", table)
     (summary,) = tmp_path.glob("sweeps/*/summary.md")
