@@ -28,6 +28,7 @@ from kvtuner_sglang.quality.transformers_path import (
 from kvtuner_sglang.quant import KVFormat, format_hash
 
 WORST_LAYERS = 3
+EXIT_S = 10.0  # for a process that has answered to end by itself
 PROBE_VERSION = 2  # part of the cache key: raise it when text or method change
 
 
@@ -93,6 +94,7 @@ def probe_in_own_process(*arguments: Any) -> ProbeResult:
     sender.close()
     try:
         answer = receiver.recv()
+        process.join(EXIT_S)
     except EOFError as error:
         raise UserError("the probe's process died, see above: mend that, or set quality.probe=false.") from error
     finally:

@@ -40,10 +40,13 @@ def one_at_a_time(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def cached_sha256(*files: Path) -> str:
-    """Hex sha256 of one file, or of the lines "sha256  name" of several; remembered by path, size and change time."""
+def cached_sha256(*files: Path, reading: Callable[[Path], None] = lambda file: None) -> str:
+    """Hex sha256 of one file, or of the lines "sha256  name" of several; remembered by path, size and change time.
+
+    reading: called before a file is read that is not remembered.
+    """
     if len(files) > 1:
-        listing = "".join(f"{cached_sha256(file)}  {file.name}\n" for file in files)
+        listing = "".join(f"{cached_sha256(file, reading=reading)}  {file.name}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     (file,) = files
     state = file.stat()
@@ -51,6 +54,7 @@ def cached_sha256(*files: Path) -> str:
     note = cache_folder("sha256") / hashlib.sha256(key.encode()).hexdigest()
     if note.is_file():
         return note.read_text()
+    reading(file)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     # Renamed into place: a reader never sees half a line.

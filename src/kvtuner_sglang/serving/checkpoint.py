@@ -160,10 +160,7 @@ def _describe(path: Path, source: str, sha256: str | None, say: Say) -> Checkpoi
     config = _read_config(path)
     weights = weight_summary(path)
     if sha256 is None:
-        total_gb = sum(file.stat().st_size for file in weights.files) / 1e9
-        if total_gb > 2:
-            say(f"checking {total_gb:.0f} GB of weights in {path} (once; the checksum is kept)")
-        sha256 = cached_sha256(*weights.files)
+        sha256 = cached_sha256(*weights.files, reading=lambda file: _say_if_large(file, say))
     q_heads = config["num_attention_heads"]
     return Checkpoint(
         path=path,
@@ -180,6 +177,12 @@ def _describe(path: Path, source: str, sha256: str | None, say: Say) -> Checkpoi
         dtype_name=weights.dtype_name,
         parameters=weights.parameters,
     )
+
+
+def _say_if_large(file: Path, say: Say) -> None:
+    gigabytes = file.stat().st_size / 1e9
+    if gigabytes > 2:
+        say(f"checksum of {gigabytes:.0f} GB in {file}, once: it is kept")
 
 
 _NEEDED = (
