@@ -1,0 +1,87 @@
+"""Decode attention over packed pages: what an attention backend calls.
+
+    workspace = DecodeWorkspace(batch, q_heads, kv_heads, head_dim, page, device)   # once a batch size
+    workspace.plan(seq_lens, req_pool_indices)                                      # once a step, for all layers
+    decode_attention(workspace, q, keys, values, ...)                               # once a layer
+
+All three launch kernels whose grids depend on the batch size alone, and none waits for the device: plan and
+decode_attention can be captured in a CUDA graph.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtuner_triton.decode_hopper import decode_kernel
+from kvtuner_triton.decode_merge import merge
+from kvtuner_triton.decode_plan import make_plan, plan_rows
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernel is run: tokens a step, steps in flight, programs an SM, least pages a chunk."""
+
+    step_tokens: int = 64
+    stages: int = 3
+    programs_per_sm: int = 8
+    least_pages: int = 1
+
+
+@dataclass
+class DecodeWorkspace:
+    """Buffers of one decode step, shared by all layers of a rank.
+
+    rows = 2 * batch + chunks, and chunks = SMs * programs_per_sm / kv_heads;
+    plan (rows, 4) int32, spans (batch, 2) int32, partial (rows, q_heads, head_dim) fp32, lse (rows, q_heads) fp32.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page: int
+    device: torch.device | str
+    tuning: Tuning = field(default_factory=Tuning)
+    multiprocessors: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.multiprocessors is None:
+            self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        chunks = -(-self.multiprocessors * self.tuning.programs_per_sm // self.kv_heads)
+        rows = plan_rows(self.batch, chunks)
+        self.plan_table = torch.full((rows, 4), -1, dtype=torch.int32, device=self.device)
+        self.spans = torch.zeros((self.batch, 2), dtype=torch.int32, device=self.device)
+        self.partial = torch.empty((rows, self.q_heads, self.head_dim), dtype=torch.float32, device=self.device)
+        self.lse = torch.empty((rows, self.q_heads), dtype=torch.float32, device=self.device)
+
+    def plan(self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor) -> None:
+        """Divide the step's work. Both (batch,), any integer type; seq_lens count the token being decoded."""
+        make_plan(seq_lens, req_pool_indices, self.plan_table, self.spans, self.page, self.tuning.least_pages)
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """Keys, or values, of one layer in fragment order: codes and meta as layout.py has them."""
+
+    bits: int
+    codes: torch.Tensor
+    meta: torch.Tensor
+
+
+def decode_attention(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, values: PackedPages,
+                     tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, sm_scale: float,
+                     out: torch.Tensor) -> torch.Tensor:
+    """out (batch, q_heads, head_dim) = attention of q, same shape, by the visibility rule; `workspace` is planned.
+
+    keys, values: PackedPages (pages, kv_heads, ...); tail_key, tail_value: (slots, page, kv_heads, head_dim) of the
+    model's dtype; req_to_token: (slots, max_context) int32.
+    """
+    w = workspace
+    group = w.q_heads // w.kv_heads
+    decode_kernel[(w.kv_heads, w.plan_table.shape[0])](
+        q, keys.codes.view(torch.int32), keys.meta.view(torch.int32), values.codes.view(torch.int32),
+        values.meta.view(torch.int32), tail_key, tail_value, req_to_token, w.plan_table, w.partial, w.lse, sm_scale,
+        w.batch, req_to_token.stride(0), KV_HEADS=w.kv_heads, GROUP=group, D=w.head_dim, PAGE=w.page,
+        KEY_BITS=keys.bits, VALUE_BITS=values.bits, T=w.tuning.step_tokens, STAGES=w.tuning.stages, num_warps=1)
+    merge(w.partial, w.lse, w.spans, out)
+    return out
