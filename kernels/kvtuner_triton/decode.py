@@ -19,12 +19,17 @@ from kvtuner_triton.decode_plan import make_plan, plan_rows
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the kernel is run: tokens a step, steps in flight, programs an SM, least pages a chunk."""
+    """How the kernel is run: tokens a step, steps in the ring, programs an SM (a wish), least pages a chunk."""
 
     step_tokens: int = 64
     stages: int = 3
     programs_per_sm: int = 8
     least_pages: int = 1
+
+
+def default_tuning(key_bits: int, value_bits: int) -> Tuning:
+    """Eight programs an SM have 27 KiB of shared memory each: three steps of 64 tokens fit up to 4 bits at D = 128."""
+    return Tuning() if key_bits + value_bits <= 8 else Tuning(step_tokens=32)
 
 
 @dataclass
@@ -76,12 +81,19 @@ def decode_attention(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPa
     keys, values: PackedPages (pages, kv_heads, ...); tail_key, tail_value: (slots, page, kv_heads, head_dim) of the
     model's dtype; req_to_token: (slots, max_context) int32.
     """
+    attend_rows(workspace, q, keys, values, tail_key, tail_value, req_to_token, sm_scale)
+    merge(workspace.partial, workspace.lse, workspace.spans, out)
+    return out
+
+
+def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, values: PackedPages,
+                tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
+                sm_scale: float) -> None:
+    """The partial results of every row of the plan, into workspace.partial and workspace.lse."""
     w = workspace
-    group = w.q_heads // w.kv_heads
     decode_kernel[(w.kv_heads, w.plan_table.shape[0])](
         q, keys.codes.view(torch.int32), keys.meta.view(torch.int32), values.codes.view(torch.int32),
         values.meta.view(torch.int32), tail_key, tail_value, req_to_token, w.plan_table, w.partial, w.lse, sm_scale,
-        w.batch, req_to_token.stride(0), KV_HEADS=w.kv_heads, GROUP=group, D=w.head_dim, PAGE=w.page,
-        KEY_BITS=keys.bits, VALUE_BITS=values.bits, T=w.tuning.step_tokens, STAGES=w.tuning.stages, num_warps=1)
-    merge(w.partial, w.lse, w.spans, out)
-    return out
+        w.batch, req_to_token.stride(0), KV_HEADS=w.kv_heads, GROUP=w.q_heads // w.kv_heads, D=w.head_dim,
+        PAGE=w.page, KEY_BITS=keys.bits, VALUE_BITS=values.bits, T=w.tuning.step_tokens, STAGES=w.tuning.stages,
+        num_warps=1)

@@ -57,6 +57,8 @@ from kvtuner_triton.hopper_operands import (
 
 QUERY_UNIT = gl.constexpr(0.25)  # q is held as fp16(q / 4): room for large scales
 VALUE_UNIT = gl.constexpr(16.0)  # s_v p is held times 16: room for small scales
+# Triton 3.9 renamed it.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -170,7 +172,7 @@ def copy_words(buffer, source, row, inside):
     """Copy row `row` of (rows, WORDS) int32 at `source` into a buffer of WORDS."""
     WORDS: gl.constexpr = buffer.shape[0]
     word = gl.arange(0, WORDS, layout=gl.BlockedLayout([min(4, WORDS // 32)], [32], [1], [0]))
-    async_copy.async_copy_global_to_shared(buffer, source + row * WORDS + word, mask=(word < WORDS) & inside)
+    copy_async(buffer, source + row * WORDS + word, mask=(word < WORDS) & inside)
 
 
 @gluon.jit
