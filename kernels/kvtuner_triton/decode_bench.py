@@ -10,6 +10,7 @@ Needs torch and triton only.
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import statistics
 import sys
@@ -227,10 +228,22 @@ def compile_all() -> None:
     say(f"{len(variants)} kernels compiled in {time.perf_counter() - start:.0f} s, the slowest {max(seconds):.1f} s")
     for v in variants:
         if v.heads == (HEADS, KV_HEADS):
-            kernel = warm(v)
-            kernel._init_handles()  # noqa: SLF001 - registers and spills are known once it is loaded
-            say(f"  {name(v.bits):5} T{v.tuning.step_tokens} S{v.tuning.stages}: {kernel.n_regs} registers, "
-                  f"{kernel.n_spills} spills, {kernel.metadata.shared} B shared")
+            say(f"  {name(v.bits):5} T{v.tuning.step_tokens} S{v.tuning.stages}: {resources(v)}")
+
+
+def resources(v: Variant) -> str:
+    """Registers, spills, shared memory, and how many programs fit a multiprocessor as the driver counts."""
+    kernel = warm(v)
+    shared = kernel.metadata.shared
+    try:
+        kernel._init_handles()  # noqa: SLF001 - registers and spills are known once it is loaded
+        count = ctypes.c_int(-1)
+        ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            ctypes.byref(count), ctypes.c_void_p(kernel.function), 32, ctypes.c_size_t(shared))
+    except (AttributeError, OSError, TypeError, ctypes.ArgumentError) as error:
+        return f"{shared} B shared, the rest unknown: {error}"
+    return (f"{kernel.n_regs} registers, {kernel.n_spills} spills, {shared} B shared, "
+            f"{count.value} programs an SM")
 
 
 def check_all() -> bool:
