@@ -19,25 +19,36 @@ from kvtuner_triton.decode_plan import make_plan, plan_rows
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the kernel is run: tokens a step, steps in the ring, programs an SM (a wish), least pages a chunk."""
+    """How the kernel is run.
+
+    step_tokens: tokens a step; stages: steps in the ring; programs_per_sm: programs that share a multiprocessor, no
+    more than registers and shared memory allow; least_pages: a chunk has that many or more; registers: a program's
+    limit, None leaves it to the compiler.
+    """
 
     step_tokens: int = 64
-    stages: int = 3
-    programs_per_sm: int = 8
+    stages: int = 2
+    programs_per_sm: int = 12
     least_pages: int = 1
+    registers: int | None = None
 
 
 def default_tuning(key_bits: int, value_bits: int) -> Tuning:
-    """Eight programs an SM have 27 KiB of shared memory each: three steps of 64 tokens fit up to 4 bits at D = 128."""
-    return Tuning() if key_bits + value_bits <= 8 else Tuning(step_tokens=32)
+    """Chosen on an H100: as many programs as fit while each has a step in flight; 8-bit steps leave room for fewer."""
+    total = key_bits + value_bits
+    if total <= 4:
+        return Tuning(stages=3)
+    if total <= 8:
+        return Tuning()
+    return Tuning(step_tokens=32, stages=3, programs_per_sm=10) if total <= 12 else Tuning(programs_per_sm=6)
 
 
 @dataclass
 class DecodeWorkspace:
     """Buffers of one decode step, shared by all layers of a rank.
 
-    rows = 2 * batch + chunks, and chunks = SMs * programs_per_sm / kv_heads;
-    plan (rows, 4) int32, spans (batch, 2) int32, partial (rows, q_heads, head_dim) fp32, lse (rows, q_heads) fp32.
+    rows = SMs * programs_per_sm / kv_heads, more if the batch needs it (decode_plan.plan_rows);
+    plan_table (rows, 4) int32, spans (batch, 2) int32, partial (rows, q_heads, head_dim) fp32, lse (rows, q_heads) fp32.
     """
 
     batch: int
@@ -52,8 +63,7 @@ class DecodeWorkspace:
     def __post_init__(self) -> None:
         if self.multiprocessors is None:
             self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        chunks = -(-self.multiprocessors * self.tuning.programs_per_sm // self.kv_heads)
-        rows = plan_rows(self.batch, chunks)
+        rows = plan_rows(self.batch, self.multiprocessors * self.tuning.programs_per_sm // self.kv_heads)
         self.plan_table = torch.full((rows, 4), -1, dtype=torch.int32, device=self.device)
         self.spans = torch.zeros((self.batch, 2), dtype=torch.int32, device=self.device)
         self.partial = torch.empty((rows, self.q_heads, self.head_dim), dtype=torch.float32, device=self.device)
@@ -96,4 +106,4 @@ def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, 
         values.meta.view(torch.int32), tail_key, tail_value, req_to_token, w.plan_table, w.partial, w.lse, sm_scale,
         w.batch, req_to_token.stride(0), KV_HEADS=w.kv_heads, GROUP=w.q_heads // w.kv_heads, D=w.head_dim,
         PAGE=w.page, KEY_BITS=keys.bits, VALUE_BITS=values.bits, T=w.tuning.step_tokens, STAGES=w.tuning.stages,
-        num_warps=1)
+        num_warps=1, maxnreg=w.tuning.registers)

@@ -19,7 +19,8 @@ Memory (codes, and pairs of fp16, are read as int32 words):
     partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2
 
 Bytes a token and kv head at D = 128, PAGE = 64: kv8 268, kv4 140, kv2 76.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are rounded to fp16, all sums are fp32.
+PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are rounded to fp16 (p of the page in progress to
+the model's dtype), all sums are fp32.
 |s_k q| may reach 2^18, and s_v 2^12 (at 4 bits, values that span 60,000), before fp16 overflows.
 """
 
@@ -76,33 +77,36 @@ def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key,
     last = gl.load(plan + row * 4 + 3)
     if request >= 0:
         q = load_query(q_ptr + (request * KV_HEADS + head).to(gl.int64) * (GROUP * D), GROUP, D)
-        log2_scale = sm_scale * (LOG2_E / QUERY_UNIT)
+        log2_scale = sm_scale * LOG2_E
         if row < batch:
             offset = (slot.to(gl.int64) * PAGE * KV_HEADS + head) * D
             top, total, o = attend_tail(q, tail_key + offset, tail_value + offset, last, log2_scale, KV_HEADS, D)
         else:
             pages = (key_codes, key_meta, value_codes, value_meta)
-            top, total, o = attend_pages(q, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
-                                         log2_scale, KV_HEADS, D, PAGE, KEY_BITS, VALUE_BITS, T, STAGES)
+            q_unit = (q.to(gl.float32) * QUERY_UNIT).to(gl.float16)
+            top, total, o = attend_pages(q_unit, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
+                                         log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, VALUE_BITS, T, STAGES)
         out = (row * KV_HEADS + head).to(gl.int64) * GROUP
         store_partial(partial + out * D, lse + out, top, total, o, GROUP, D)
 
 
 @gluon.jit
 def load_query(q_ptr, GROUP: gl.constexpr, D: gl.constexpr):
-    """(GROUP, D) 16 bit -> (8, D) fp16(q / 4), rows past GROUP zero."""
+    """(GROUP, D) -> (8, D), rows past GROUP zero."""
     head = gl.arange(0, 8, layout=gl.SliceLayout(1, query_layout(D)))
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, query_layout(D)))
     inside = (head < GROUP)[:, None] & (channel < D)[None, :]
-    q = gl.load(q_ptr + head[:, None] * D + channel[None, :], mask=inside, other=0.0)
-    return (q.to(gl.float32) * QUERY_UNIT).to(gl.float16)
+    return gl.load(q_ptr + head[:, None] * D + channel[None, :], mask=inside, other=0.0)
 
 
 @gluon.jit
 def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.constexpr, D: gl.constexpr,
                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, T: gl.constexpr,
                  STAGES: gl.constexpr):
-    """Pages first .. last - 1 of one request, first < last -> top (8 heads), total (lane sums), o (D, 8)."""
+    """Pages first .. last - 1 of one request, first < last -> top (8 heads), total (lane sums), o (D, 8).
+
+    q: (8, D) fp16, times QUERY_UNIT.
+    """
     SUB: gl.constexpr = PAGE // T  # steps a page
     words: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, query_layout(D)))
@@ -186,7 +190,10 @@ def softmax_step(score, top, total, T: gl.constexpr):
 
 @gluon.jit
 def attend_tail(q, tail_key, tail_value, tokens, log2_scale, KV_HEADS: gl.constexpr, D: gl.constexpr):
-    """The first `tokens` rows of a slot's full-precision page -> top (8 heads), total (lane sums), o (D, 8)."""
+    """The first `tokens` rows of a slot's full-precision page -> top (8 heads), total (lane sums), o (D, 8).
+
+    q: (8, D) of the model's dtype, which K, V and probabilities are multiplied in too.
+    """
     key_token = gl.arange(0, 32, layout=gl.SliceLayout(1, plain_key_layout(D)))
     key_channel = gl.arange(0, D, layout=gl.SliceLayout(0, plain_key_layout(D)))
     value_token = gl.arange(0, 32, layout=gl.SliceLayout(1, plain_value_layout(D)))
@@ -202,12 +209,12 @@ def attend_tail(q, tail_key, tail_value, tokens, log2_scale, KV_HEADS: gl.conste
                     mask=(start + key_token < tokens)[:, None] & (key_channel < D)[None, :], other=0.0)
         v = gl.load(tail_value + (start + value_token)[:, None] * (KV_HEADS * D) + value_channel[None, :],
                     mask=(start + value_token < tokens)[:, None] & (value_channel < D)[None, :], other=0.0)
-        score = mma_v2(plain_key_operand(k.to(gl.float16), D), q_operand,
+        score = mma_v2(plain_key_operand(k, D), q_operand,
                        gl.zeros([32, 8], gl.float32, layout=accumulator()))
         inside = token_rows((start + token < tokens).to(gl.int32), 32)
         score = gl.where((inside != 0)[:, None], score * log2_scale, float("-inf"))
         top, total, alpha, p = softmax_step(score, top, total, 32)
-        o = mma_v2(plain_value_operand(v.to(gl.float16), D), probability_operand(p.to(gl.float16), 32),
+        o = mma_v2(plain_value_operand(v, D), probability_operand(p.to(v.dtype), 32),
                    o * alpha[None, :])
     return top, total, o
 

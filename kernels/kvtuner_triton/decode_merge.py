@@ -38,8 +38,8 @@ def merge_kernel(partial, lse, spans, out, q_heads, D: tl.constexpr, BLOCK_D: tl
 def merge(partial: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, out: torch.Tensor) -> None:
     """partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, spans (batch, 2) int32 -> out (batch, q_heads, D)."""
     batch, q_heads, head_dim = out.shape
-    # About as many rows at a time as an even batch has; with few requests, more programs a head, to fill the GPU.
-    rows = min(128, max(8, triton.next_power_of_2((partial.shape[0] - 2 * batch) // batch)))
-    block = min(head_dim, max(32, 2048 // rows))
+    # As many rows at a time as an even batch has, so that all loads go out together; more rows, fewer channels.
+    rows = min(512, max(8, triton.next_power_of_2(-(-(partial.shape[0] - batch) // batch))))
+    block = min(head_dim, max(8, 2048 // rows))
     merge_kernel[(batch, q_heads, head_dim // block)](partial, lse, spans, out, q_heads, D=head_dim, BLOCK_D=block,
                                                       ROWS=rows, num_warps=4)

@@ -200,8 +200,8 @@ def token_rows(x, T: gl.constexpr):
 
 @gluon.jit
 def probability_operand(p, T: gl.constexpr):
-    """Accumulator (T, 8 heads) fp16 -> B operand (T, 8), by transposing each 8 x 8 block inside the warp."""
-    p = gl.inline_asm_elementwise("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], dtype=gl.float16,
+    """Accumulator (T, 8 heads) of 16 bit -> B operand (T, 8), by transposing each 8 x 8 block inside the warp."""
+    p = gl.inline_asm_elementwise("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], dtype=p.dtype,
                                   is_pure=True, pack=2)
     p = p.reshape([T // 8, 8, 8]).permute([0, 2, 1]).reshape([T, 8])
     return gl.convert_layout(p, operand_b(), assert_trivial=True)
