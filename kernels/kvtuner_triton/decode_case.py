@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton import fragments, reference
 from kvtuner_triton.decode import PackedPages
 
@@ -33,6 +34,42 @@ class DecodeCase:
     @property
     def kv_heads(self) -> int:
         return self.tail_key.shape[2]
+
+    def history(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What request b attends to: keys and values (kv_heads, seq_len, head_dim) float64."""
+        slot, length = int(self.slots[b]), int(self.seq_lens[b])
+        count = (length - 1) // self.page
+        ids = self.req_to_token[slot, :count * self.page:self.page].long() // self.page
+        rest = length - count * self.page
+        k = torch.cat([_read_keys(self.keys, ids), self.tail_key[slot, :rest].double().transpose(0, 1)], 1)
+        v = torch.cat([_read_values(self.values, ids), self.tail_value[slot, :rest].double().transpose(0, 1)], 1)
+        return k, v
+
+
+@dataclass(frozen=True)
+class TokenCase:
+    """Arguments of one decode step over per-token formats, as decode_token.decode_token_attention names them."""
+
+    q: torch.Tensor
+    formats: tuple[TensorFormat, TensorFormat]
+    keys: PackedPages
+    values: PackedPages
+    req_to_token: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    sm_scale: float
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.codes.shape[1]
+
+    def history(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What request b attends to: keys and values (kv_heads, seq_len, head_dim) float64."""
+        page = self.keys.codes.shape[2]
+        place = self.req_to_token[int(self.slots[b]), :int(self.seq_lens[b])].long()
+        k, v = (reference.decode(fmt, x.codes[place // page, :, place % page], x.meta[place // page, :, place % page])
+                for fmt, x in zip(self.formats, (self.keys, self.values), strict=True))
+        return k.double().transpose(0, 1), v.double().transpose(0, 1)
 
 
 def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_dim: int, page: int, key_bits: int,
@@ -72,20 +109,49 @@ def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_di
                       torch.tensor(seq_lens, device=device), head_dim**-0.5)
 
 
-def attend(case: DecodeCase, dtype: torch.dtype) -> torch.Tensor:
+def random_token_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_dim: int, page: int,
+                      formats: tuple[TensorFormat, TensorFormat], dtype: torch.dtype = torch.bfloat16,
+                      key_spread: float = 1.0, value_spread: float = 1.0, seed: int = 0,
+                      device: str = "cpu") -> TokenCase:
+    """Pages in random order, of any size; NaN wherever nothing may read."""
+    random = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    counts, batch = [-(-n // page) for n in seq_lens], len(seq_lens)
+    pages = sum(counts) + 2
+    packed = []
+    for fmt, spread in zip(formats, (key_spread, value_spread), strict=True):
+        codes, meta = reference.encode(fmt, spread * (normal(pages, kv_heads, page, head_dim) + 0.3))[:2]
+        packed.append(PackedPages(fmt.bits, codes, meta))
+    order = torch.randperm(pages - 1, generator=random, device=device) + 1
+    slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
+    table = torch.randint(0, 2**30, (batch + 2, max(seq_lens) + page), generator=random, device=device,
+                          dtype=torch.int32)
+    unused, used = torch.ones(pages, page, dtype=torch.bool, device=device), 0
+    for slot, length, count in zip(slots.tolist(), seq_lens, counts, strict=True):
+        ids = order[used:used + count]
+        used += count
+        places = (ids[:, None] * page + torch.arange(page, device=device)).flatten()[:length]
+        table[slot, :length] = places.to(torch.int32)
+        unused.view(-1)[places] = False
+    for x in packed:
+        x.meta.masked_fill_(unused[:, None, :, None, None], float("nan"))
+    return TokenCase(normal(batch, q_heads, head_dim).to(dtype), formats, *packed, table, slots,
+                     torch.tensor(seq_lens, device=device), head_dim**-0.5)
+
+
+def attend(case: DecodeCase | TokenCase, dtype: torch.dtype) -> torch.Tensor:
     """What the visibility rule says, in plain PyTorch in `dtype`; softmax in float32, or float64 -> (batch, ...)."""
     out = torch.empty(case.q.shape, dtype=dtype, device=case.q.device)
     group = case.q.shape[1] // case.kv_heads
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for b, (slot, length) in enumerate(zip(case.slots.tolist(), case.seq_lens.tolist(), strict=True)):
-        count = (length - 1) // case.page
-        ids = case.req_to_token[slot, :count * case.page:case.page].long() // case.page
-        rest = length - count * case.page
-        k = torch.cat([_read_keys(case.keys, ids), case.tail_key[slot, :rest].double().transpose(0, 1)], 1).to(dtype)
-        v = torch.cat([_read_values(case.values, ids), case.tail_value[slot, :rest].double().transpose(0, 1)], 1)
+    for b in range(len(out)):
+        k, v = (x.to(dtype) for x in case.history(b))
         q = case.q[b].unflatten(0, (-1, group)).to(dtype)
         p = torch.softmax((q @ k.transpose(1, 2)).to(wide) * case.sm_scale, -1).to(dtype)
-        out[b] = (p @ v.to(dtype)).flatten(0, 1)
+        out[b] = (p @ v).flatten(0, 1)
     return out
 
 

@@ -27,6 +27,7 @@ the model's dtype), all sums are fp32.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvtuner_triton.hopper_operands import (
     CODE_UNIT,
@@ -67,8 +68,8 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, plan, partial, lse,
                   sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
                   PAGE: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, T: gl.constexpr,
-                  STAGES: gl.constexpr):
-    """Program (head, row) does row `row` of the plan for kv head `head`."""
+                  STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+    """Program (head, row) does row `row` of the plan for kv head `head`; OVERLAP lets the merge start launching."""
     head = gl.program_id(0)
     row = gl.program_id(1)
     request = gl.load(plan + row * 4)
@@ -86,6 +87,8 @@ def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key,
             q_unit = (q.to(gl.float32) * QUERY_UNIT).to(gl.float16)
             top, total, o = attend_pages(q_unit, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
                                          log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, VALUE_BITS, T, STAGES)
+        if OVERLAP:
+            gdc_launch_dependents()
         out = (row * KV_HEADS + head).to(gl.int64) * GROUP
         store_partial(partial + out * D, lse + out, top, total, o, GROUP, D)
 

@@ -7,10 +7,10 @@ row: sum_b ceil(n_b / C) <= rows - batch.  Each request's pages are then dealt e
 read back to the host, so a CUDA graph can hold it.
 
 All rows should run at once: a few programs left over for a second wave cost almost as much as the first (measured: up
-to 30 % of the step).  So `plan_rows` gives as many rows as the GPU has room for, unless the batch is too large for that.
+to 30 % of the step).  So `plan_rows` gives as many rows as the GPU has room for, unless the batch is too large.
 
     plan    (rows, 4) int32: request, slot, first, last
-            row b < batch: the page in progress of request b; first = 0, last = its tokens
+            row b < batch: the page in progress of request b; first = n_b, last = its tokens
             row batch + i: chunk i, pages first .. last - 1; unused rows have request = -1
     spans   (batch, 2) int32: row of the request's first chunk, number of its chunks
 """
@@ -46,7 +46,7 @@ def plan_kernel(seq_lens, slots, plan, spans, batch, limit, least, PAGE: tl.cons
 
     tl.store(plan + b * 4, b)
     tl.store(plan + b * 4 + 1, slot)
-    tl.store(plan + b * 4 + 2, 0)
+    tl.store(plan + b * 4 + 2, pages)
     tl.store(plan + b * 4 + 3, (length - 1) % PAGE + 1)
     tl.store(spans + b * 2, batch + before)
     tl.store(spans + b * 2 + 1, mine)
@@ -87,7 +87,7 @@ def plan_reference(seq_lens: torch.Tensor, slots: torch.Tensor, rows: int, page:
     size = least
     while sum(-(-n // size) for n in stored) > rows - batch:
         size += 1
-    plan = [[b, slot, 0, (max(n, 1) - 1) % page + 1]
+    plan = [[b, slot, stored[b], (max(n, 1) - 1) % page + 1]
             for b, (slot, n) in enumerate(zip(slots.tolist(), lengths, strict=True))]
     spans = []
     for b, pages in enumerate(stored):
