@@ -213,10 +213,11 @@ def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, valu
 
 def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                  tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor) -> None:
+                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
+                 warps: int | None = None) -> None:
     """Store new_lens[b] tokens of each request, rows[b] .. of key and value; items from extend_items."""
     _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens, rows,
-            items)
+            items, warps)
 
 
 def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> torch.Tensor:
@@ -229,10 +230,10 @@ def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) ->
 def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
             tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
             seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None, rows: torch.Tensor | None = None,
-            items: torch.Tensor | None = None) -> None:
+            items: torch.Tensor | None = None, warps: int | None = None) -> None:
     _, page, kv_heads, head_dim = tail_key.shape
     page_kernel[(count, kv_heads, 2)](
         key, value, keys.codes, keys.meta, values.codes, values.meta, tail_key, tail_value, req_to_token, slots,
         seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0), KV_HEADS=kv_heads,
         D=head_dim, PAGE=page, KEY_BITS=keys.bits, KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits,
-        VALUE_META=values.meta.shape[4], DECODE=items is None, num_warps=page // 16)
+        VALUE_META=values.meta.shape[4], DECODE=items is None, num_warps=warps or page // 16)
