@@ -110,7 +110,8 @@ def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, 
     w = workspace
     grid = (w.kv_heads, w.plan_table.shape[0])
     shape = {"KV_HEADS": w.kv_heads, "GROUP": w.q_heads // w.kv_heads, "D": w.head_dim, "PAGE": w.page,
-             "KEY_BITS": keys.bits, "VALUE_BITS": values.bits}
+             "KEY_BITS": keys.bits, "KEY_META": keys.meta.shape[2], "VALUE_BITS": values.bits,
+             "VALUE_META": values.meta.shape[4]}
     rest = (tail_key, tail_value, req_to_token, w.plan_table, w.partial, w.lse, sm_scale, w.batch,
             req_to_token.stride(0))
     if w.portable:

@@ -49,6 +49,7 @@ class Variant:
     heads: tuple[int, int] = (HEADS, KV_HEADS)
     head_dim: int = D
     page: int = PAGE
+    symmetric: tuple[bool, bool] = (False, False)
 
 
 def warm(v: Variant):
@@ -57,8 +58,9 @@ def warm(v: Variant):
     return decode_kernel.warmup(
         torch.bfloat16, words, words, words, words, torch.bfloat16, torch.bfloat16, words, words, torch.float32,
         torch.float32, 0.5, 3, 4096, KV_HEADS=v.heads[1], GROUP=v.heads[0] // v.heads[1], D=v.head_dim, PAGE=v.page,
-        KEY_BITS=v.bits[0], VALUE_BITS=v.bits[1], T=v.tuning.step_tokens, STAGES=v.tuning.stages,
-        OVERLAP=v.tuning.overlap, grid=(1,), num_warps=1, maxnreg=v.tuning.registers)
+        KEY_BITS=v.bits[0], KEY_META=2 - v.symmetric[0], VALUE_BITS=v.bits[1], VALUE_META=2 - v.symmetric[1],
+        T=v.tuning.step_tokens, STAGES=v.tuning.stages, OVERLAP=v.tuning.overlap, grid=(1,), num_warps=1,
+        maxnreg=v.tuning.registers)
 
 
 def compile_variant(v: Variant) -> float:
@@ -72,7 +74,7 @@ def check(v: Variant, seq_lens: list[int], portable: bool = False) -> tuple[floa
     """(error of the kernel, error of bf16 PyTorch), relative to float64, over all of the output; runs twice."""
     q_heads, kv_heads = v.heads
     case = random_case(seq_lens, q_heads=q_heads, kv_heads=kv_heads, head_dim=v.head_dim, page=v.page,
-                       key_bits=v.bits[0], value_bits=v.bits[1], device="cuda")
+                       key_bits=v.bits[0], value_bits=v.bits[1], symmetric=v.symmetric, device="cuda")
     work = DecodeWorkspace(len(seq_lens), q_heads, kv_heads, v.head_dim, v.page, "cuda", v.tuning, portable=portable)
     return errors(work, case, lambda out: decode_attention(
         work, case.q, case.keys, case.values, case.tail_key, case.tail_value, case.req_to_token, case.sm_scale, out))
@@ -111,11 +113,12 @@ class Bench:
     context: int
     in_cache: bool = False
     per_token: bool = False
+    symmetric_values: bool = False
 
     def __post_init__(self) -> None:
         stored = self.context // PAGE if self.per_token else (self.context - 1) // PAGE
         self.page_bytes = [KV_HEADS * (PAGE * D * self.bits[0] // 8 + 4 * (PAGE if self.per_token else D)),
-                           KV_HEADS * (PAGE * D * self.bits[1] // 8 + 4 * PAGE)]
+                           KV_HEADS * (PAGE * D * self.bits[1] // 8 + 2 * (2 - self.symmetric_values) * PAGE)]
         tail = (self.context - stored * PAGE) * KV_HEADS * D * 2 * 2
         self.bytes = self.batch * (stored * sum(self.page_bytes) + tail)
         pages = self.batch * stored
@@ -126,7 +129,8 @@ class Bench:
         count = pool * PAGE // page
         self.keys = PackedPages(self.bits[0], self.codes(count, page, self.bits[0]),
                                 self.meta(count, *((1, 1, 2) if self.per_token else (2, D))))
-        self.values = PackedPages(self.bits[1], self.codes(count, page, self.bits[1]), self.meta(count, page, 1, 2))
+        self.values = PackedPages(self.bits[1], self.codes(count, page, self.bits[1]),
+                                  self.meta(count, page, 1, 2 - self.symmetric_values))
         self.tail_key, self.tail_value = (torch.randn(self.batch, PAGE, KV_HEADS, D, device="cuda").bfloat16()
                                           for _ in range(2))
         ids = torch.randperm(pages * self.sets, device="cuda").to(torch.int32) % pool
@@ -188,7 +192,8 @@ class Bench:
         works = {(i, part): work for i, tuning in enumerate(tunings)
                  for part, work in self.works(tuning, portable).items()}
         times = {key: us / self.steps for key, us in graph_times(works).items()}
-        kind = "portable" if portable else "token" if self.per_token else "L2" if self.in_cache else ""
+        kinds = {"portable": portable, "token": self.per_token, "L2": self.in_cache, "symm V": self.symmetric_values}
+        kind = " ".join(k for k, on in kinds.items() if on)
         for i, tuning in enumerate(tunings):
             us = times[i, "us"]
             yield (f"{name(self.bits):5} {self.batch:3}x{self.context:<6}{kind:8} {describe(tuning):17} | {us:7.1f} us "
@@ -242,6 +247,7 @@ TUNINGS = {  # tried beside the default
     ((8, 4), 16, 32768): (Tuning(programs_per_sm=8), Tuning(32, 2, 12)),
     ((4, 2), 16, 32768): (Tuning(stages=3, programs_per_sm=10), Tuning(programs_per_sm=15, registers=128)),
 }
+SYMMETRIC = (((4, 4), (False, True)), ((8, 2), (True, True)))
 CHECKED = (Tuning(overlap=True), Tuning(programs_per_sm=16, registers=128))
 
 
@@ -249,9 +255,10 @@ def all_variants() -> list[Variant]:
     """Every fragment kernel this script runs, once."""
     found = [Variant(bits, default_tuning(*bits), *shape[:3]) for shape in CHECKS for bits in PAIRS]
     found += [Variant((4, 4), t) for t in CHECKED]
+    found += [Variant(bits, default_tuning(*bits), symmetric=symmetric) for bits, symmetric in SYMMETRIC]
     found += [Variant(bits, t) for (bits, _, _), tunings in TUNINGS.items() for t in tunings]
     compiled = {(v.bits, v.tuning.step_tokens, v.tuning.stages, v.tuning.registers, v.tuning.overlap, v.heads,
-                 v.head_dim, v.page): v for v in found}
+                 v.head_dim, v.page, v.symmetric): v for v in found}
     return list(compiled.values())
 
 
@@ -263,7 +270,7 @@ def compile_all() -> None:
         seconds = list(pool.map(compile_variant, variants))
     say(f"{len(variants)} kernels compiled in {time.perf_counter() - start:.0f} s, the slowest {max(seconds):.1f} s")
     for v in variants:
-        if v.heads == (HEADS, KV_HEADS):
+        if v.heads == (HEADS, KV_HEADS) and v.symmetric == (False, False):
             say(f"  {name(v.bits):5} {describe(v.tuning)}: {resources(v)}")
 
 
@@ -292,6 +299,9 @@ def check_all() -> bool:
             found.append((f"{name(bits):5} {shape}", *check(variant, list(seq_lens))))
     for t in CHECKED:
         found.append((f"kv4   {describe(t)}", *check(Variant((4, 4), t), [1, 64, 700, 129])))
+    for bits, symmetric in SYMMETRIC:
+        variant = Variant(bits, default_tuning(*bits), symmetric=symmetric)
+        found.append((f"{name(bits):5} symmetric {symmetric}", *check(variant, [1, 64, 65, 700, 129])))
     found.append(("kv4   portable", *check(Variant((4, 4), Tuning()), [1, 64, 65, 700, 129], portable=True)))
     for bits, groups, page in ((4, None, 1), (8, None, 64), (2, 32, 16)):
         found.append((f"kv{bits}_token, groups {groups}, page {page}", *check_tokens(bits, groups, page)))
@@ -329,6 +339,8 @@ def main() -> int:
                 say(line)
         for line in Bench(bits, *SHAPES[0], in_cache=True).time([default_tuning(*bits)]):
             say(line)
+    for line in Bench((4, 4), *SHAPES[0], symmetric_values=True).time([default_tuning(4, 4)]):
+        say(line)
     for batch, context in (SHAPES[0], (1, 32768)):
         tunings = [token_tuning(), Tuning(programs_per_sm=3), Tuning(programs_per_sm=8)]
         for line in Bench((4, 4), batch, context, per_token=True).time(tunings):

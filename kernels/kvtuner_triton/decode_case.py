@@ -73,8 +73,8 @@ class TokenCase:
 
 
 def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_dim: int, page: int, key_bits: int,
-                value_bits: int, dtype: torch.dtype = torch.bfloat16, key_spread: float = 2.0,
-                value_spread: float = 1.0, seed: int = 0, device: str = "cpu") -> DecodeCase:
+                value_bits: int, symmetric: tuple[bool, bool] = (False, False), dtype: torch.dtype = torch.bfloat16,
+                key_spread: float = 2.0, value_spread: float = 1.0, seed: int = 0, device: str = "cpu") -> DecodeCase:
     """Keys with a bias a channel, as models have; pages in random order; NaN and nonsense wherever nothing may read."""
     random = torch.Generator(device=device).manual_seed(seed)
 
@@ -84,8 +84,8 @@ def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_di
     stored = [(n - 1) // page for n in seq_lens]
     pages, batch = sum(stored) + 3, len(seq_lens)
     bias = 2 * key_spread * normal(1, kv_heads, 1, head_dim)
-    keys = _pack_keys(key_spread * normal(pages, kv_heads, page, head_dim) + bias, key_bits)
-    values = _pack_values(value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3), value_bits)
+    keys = _pack_keys(key_spread * normal(pages, kv_heads, page, head_dim) + bias, key_bits, symmetric[0])
+    values = _pack_values(value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3), value_bits, symmetric[1])
     order = torch.randperm(pages - 1, generator=random, device=device) + 1
     slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
     table = torch.randint(0, 2**30, (batch + 2, (max(stored) + 2) * page), generator=random, device=device,
@@ -160,23 +160,29 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm()).item()
 
 
-def _pack_keys(x: torch.Tensor, bits: int) -> PackedPages:
-    codes, meta = reference.quantize(x.transpose(-1, -2), bits, symmetric=False)
+def _pack_keys(x: torch.Tensor, bits: int, symmetric: bool) -> PackedPages:
+    codes, meta = reference.quantize(x.transpose(-1, -2), bits, symmetric=symmetric)
     codes = fragments.order_keys(codes.transpose(-1, -2), bits)
     return PackedPages(bits, codes.contiguous(), meta.transpose(-1, -2).contiguous())
 
 
-def _pack_values(x: torch.Tensor, bits: int) -> PackedPages:
-    codes, meta = reference.quantize(x, bits, symmetric=False)
+def _pack_values(x: torch.Tensor, bits: int, symmetric: bool) -> PackedPages:
+    codes, meta = reference.quantize(x, bits, symmetric=symmetric)
     return PackedPages(bits, fragments.order_values(codes, bits).contiguous(), meta.unsqueeze(-2).contiguous())
 
 
 def _read_keys(keys: PackedPages, ids: torch.Tensor) -> torch.Tensor:
     """(n) page ids -> (kv_heads, n * page, head_dim) float64."""
     codes, meta = fragments.restore_keys(keys.codes[ids], keys.bits), keys.meta[ids].double()
-    return (codes * meta[:, :, :1] + meta[:, :, 1:]).transpose(0, 1).flatten(1, 2)
+    return _read(codes, meta[:, :, :1], meta[:, :, 1:], keys.bits)
 
 
 def _read_values(values: PackedPages, ids: torch.Tensor) -> torch.Tensor:
     codes, meta = fragments.restore_values(values.codes[ids], values.bits), values.meta[ids].squeeze(-2).double()
-    return (codes * meta[..., :1] + meta[..., 1:]).transpose(0, 1).flatten(1, 2)
+    return _read(codes, meta[..., :1], meta[..., 1:], values.bits)
+
+
+def _read(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """`zero` has no elements where symmetric."""
+    x = codes * scale + zero if zero.numel() else (codes - 2.0 ** (bits - 1)) * scale
+    return x.transpose(0, 1).flatten(1, 2)

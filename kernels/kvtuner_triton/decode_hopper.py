@@ -13,7 +13,8 @@ as fragments (fragments.py).  The page in progress is in full precision and take
 
 Memory (codes, and pairs of fp16, are read as int32 words):
     q (batch, q_heads, D) 16 bit         codes (pages, kv_heads, PAGE, D * bits / 8) in fragment order
-    key meta (pages, kv_heads, 2, D)     value meta (pages, kv_heads, PAGE, 1, 2)          fp16, scale then zero
+    key meta (pages, kv_heads, m, D)     value meta (pages, kv_heads, PAGE, 1, m)
+        fp16, scale then zero; m = 1: symmetric, the zero is -2^(bits - 1) scale and takes no bytes
     tail_key, tail_value (slots, PAGE, kv_heads, D)         table = req_to_token (slots, table_stride) int32
     plan (rows, 4) int32, see decode_plan.py
     partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2
@@ -52,6 +53,7 @@ from kvtuner_triton.hopper_operands import (
     query_layout,
     repeat_rows,
     token_layout,
+    token_pair_layout,
     token_rows,
     value_operand,
     warp_sums,
@@ -67,8 +69,8 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit(do_not_specialize=["batch", "table_stride"])
 def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, plan, partial, lse,
                   sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, T: gl.constexpr,
-                  STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr, VALUE_BITS: gl.constexpr,
+                  VALUE_META: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
     """Program (head, row) does row `row` of the plan for kv head `head`; OVERLAP lets the merge start launching."""
     head = gl.program_id(0)
     row = gl.program_id(1)
@@ -86,7 +88,8 @@ def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key,
             pages = (key_codes, key_meta, value_codes, value_meta)
             q_unit = (q.to(gl.float32) * QUERY_UNIT).to(gl.float16)
             top, total, o = attend_pages(q_unit, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
-                                         log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, VALUE_BITS, T, STAGES)
+                                         log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, KEY_META, VALUE_BITS,
+                                         VALUE_META, T, STAGES)
         if OVERLAP:
             gdc_launch_dependents()
         out = (row * KV_HEADS + head).to(gl.int64) * GROUP
@@ -104,8 +107,8 @@ def load_query(q_ptr, GROUP: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.constexpr, D: gl.constexpr,
-                 PAGE: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, T: gl.constexpr,
-                 STAGES: gl.constexpr):
+                 PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr, VALUE_BITS: gl.constexpr,
+                 VALUE_META: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
     """Pages first .. last - 1 of one request, first < last -> top (8 heads), total (lane sums), o (D, 8).
 
     q: (8, D) fp16, times QUERY_UNIT.
@@ -117,8 +120,8 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
     q_operand = channel_operand(q, D)
     value_unit = field_factor(gl.arange(0, T, layout=token_layout(T)), VALUE_BITS) * VALUE_UNIT
 
-    ring = (stages(STAGES, T * D * KEY_BITS // 32), stages(STAGES, D), stages(STAGES, T * D * VALUE_BITS // 32),
-            stages(STAGES, T))
+    ring = (stages(STAGES, T * D * KEY_BITS // 32), stages(STAGES, D * KEY_META // 2),
+            stages(STAGES, T * D * VALUE_BITS // 32), stages(STAGES, T * VALUE_META // 2))
     steps = (last - first) * SUB
     for k in gl.static_range(STAGES - 1):
         page = gl.load(table + (first + gl.minimum(k, steps - 1) // SUB) * PAGE) // PAGE
@@ -138,8 +141,11 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
 
         now = step % STAGES
         scale = halves(ring[1].index(now).slice(0, D // 2).load(channel_pair_layout(D)))
+        if KEY_META == 2:
+            zero = halves(ring[1].index(now).slice(D // 2, D // 2).load(channel_pair_layout(D)))
+        else:
+            zero = scale * -(2.0 ** (KEY_BITS - 1))
         scale = gl.convert_layout(scale, gl.SliceLayout(0, query_layout(D)), assert_trivial=True)
-        zero = halves(ring[1].index(now).slice(D // 2, D // 2).load(channel_pair_layout(D)))
         keys = key_operand(ring[0].index(now).load(words), T, D, KEY_BITS)
         score = mma_v2(keys, channel_operand(q_fields * scale[None, :], D),
                        gl.zeros([T, 8], gl.float32, layout=accumulator()))
@@ -147,9 +153,13 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
         score = score * (log2_scale * CODE_UNIT) + repeat_rows(offset, T) * log2_scale
         top, total, alpha, p = softmax_step(score, top, total, T)
 
-        scale, zero = gl.split(halves(ring[3].index(now).load(token_layout(T))).reshape([T, 2]))
-        zero = token_rows(zero.to(gl.float32), T)
-        zeros = zeros * lane_columns(alpha)[None, :] + lane_sums(p * zero[:, None], T)
+        if VALUE_META == 2:
+            scale, zero = gl.split(halves(ring[3].index(now).load(token_layout(T))).reshape([T, 2]))
+            zero = zero.to(gl.float32)
+        else:
+            scale = halves(ring[3].index(now).load(token_pair_layout(T)))
+            zero = scale.to(gl.float32) * -(2.0 ** (VALUE_BITS - 1))
+        zeros = zeros * lane_columns(alpha)[None, :] + lane_sums(p * token_rows(zero, T)[:, None], T)
         scale = gl.convert_layout(scale, token_layout(T), assert_trivial=True)
         weight = p * token_rows(scale.to(gl.float32) * value_unit, T)[:, None]
         values = value_operand(ring[2].index(now).load(words), T, D, VALUE_BITS)
@@ -178,7 +188,7 @@ def fill(ring, stage, pages, row, sub, inside, SUB: gl.constexpr):
 def copy_words(buffer, source, row, inside):
     """Copy row `row` of (rows, WORDS) int32 at `source` into a buffer of WORDS."""
     WORDS: gl.constexpr = buffer.shape[0]
-    word = gl.arange(0, WORDS, layout=gl.BlockedLayout([min(4, WORDS // 32)], [32], [1], [0]))
+    word = gl.arange(0, WORDS, layout=gl.BlockedLayout([max(1, min(4, WORDS // 32))], [32], [1], [0]))
     copy_async(buffer, source + row * WORDS + word, mask=(word < WORDS) & inside)
 
 

@@ -15,7 +15,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["batch", "table_stride"])
 def portable_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, plan, partial,
                     lse, sm_scale, batch, table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                    PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEADS: tl.constexpr):
+                    PAGE: tl.constexpr, KEY_BITS: tl.constexpr, KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr,
+                    VALUE_META: tl.constexpr, HEADS: tl.constexpr):
     """Program (head, row) does row `row` of the plan for kv head `head`; HEADS is GROUP padded to what a dot takes."""
     TILE: tl.constexpr = 32
     TILES: tl.constexpr = PAGE // TILE  # in a page
@@ -47,19 +48,26 @@ def portable_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_ke
                 page = tl.load(table + slot * table_stride + i // TILES * PAGE) // PAGE
                 at = page.to(tl.int64) * KV_HEADS + head
                 tile = i % TILES
-                scale = tl.load(key_meta + at * (2 * D) + channel).to(tl.float32)
-                zero = tl.load(key_meta + at * (2 * D) + D + channel).to(tl.float32)
+                scale, zero = load_meta(key_meta + at * (KEY_META * D) + channel, D, KEY_BITS, KEY_META)
                 code = key_codes_at(key_codes + (at * PAGE + tile * TILE) * (D * KEY_BITS // 8), token[:, None],
                                     channel[None, :], D, KEY_BITS)
                 k = (code * scale[None, :] + zero[None, :]).to(tl.float16)
-                meta = value_meta + (at * PAGE + tile * TILE + token) * 2
-                scale = tl.load(meta).to(tl.float32)
-                zero = tl.load(meta + 1).to(tl.float32)
+                meta = value_meta + (at * PAGE + tile * TILE + token) * VALUE_META
+                scale, zero = load_meta(meta, 1, VALUE_BITS, VALUE_META)
                 code = value_codes_at(value_codes + (at * PAGE + tile * TILE) * (D * VALUE_BITS // 8), token[:, None],
                                       channel[None, :], D, VALUE_BITS)
                 v = (code * scale[:, None] + zero[:, None]).to(tl.float16)
                 top, total, o = attend(tl.dot(q, tl.trans(k)) * log2_scale, v, top, total, o)
         store_partial(partial, lse, row, head, top, total, o, KV_HEADS, GROUP, D, HEADS)
+
+
+@triton.jit
+def load_meta(meta, distance, BITS: tl.constexpr, META: tl.constexpr):
+    """Scale at `meta` and zero `distance` after it, as fp32; META = 1: symmetric, the middle code is zero."""
+    scale = tl.load(meta).to(tl.float32)
+    if META == 2:
+        return scale, tl.load(meta + distance).to(tl.float32)
+    return scale, scale * -(1 << (BITS - 1))
 
 
 @triton.jit

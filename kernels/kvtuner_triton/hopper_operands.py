@@ -92,6 +92,12 @@ def token_layout(T):
 
 
 @gluon.constexpr_function
+def token_pair_layout(T):
+    """(T/2 words of two fp16) of one value a token, held like token_layout(T)."""
+    return linear([[1]] + [[t] for t in powers(16, T // 2)], [[0], [0], [2], [4], [8]], [T // 2])
+
+
+@gluon.constexpr_function
 def plain_key_layout(D):
     """(32 tokens, D channels) in memory order, held as a K fragment: tokens 4 g + 0..3, channels D/4 t + .. ."""
     reg = [[0, c] for c in powers(1, D // 4)] + [[1, 0], [2, 0]]

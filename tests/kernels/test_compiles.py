@@ -18,7 +18,7 @@ SHAPES = ((4, 4, 128, 64, 64), (8, 2, 64, 128, 32))  # key bits, value bits, hea
 
 def ptx_for_hopper(key_bits: int, value_bits: int, head_dim: int, page: int, step: int) -> str:
     constants = {"KV_HEADS": 4, "GROUP": 7, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits,
-                 "VALUE_BITS": value_bits, "T": step, "STAGES": 2, "OVERLAP": False}
+                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "T": step, "STAGES": 2, "OVERLAP": False}
     types = {"q_ptr": "*bf16", "tail_key": "*bf16", "tail_value": "*bf16", "partial": "*fp32", "lse": "*fp32",
              "sm_scale": "fp32", "batch": "i32", "table_stride": "i32"}
     names = decode_kernel.arg_names

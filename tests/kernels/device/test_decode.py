@@ -11,6 +11,7 @@ from kvtuner_triton.decode_case import TokenCase, attend, random_case, random_to
 from kvtuner_triton.decode_token import BLOCK, decode_token_attention, token_tuning
 
 BITS = st.sampled_from([8, 4, 2])
+SYMMETRIC = st.sampled_from([(False, False), (False, True), (True, True)])
 DTYPE = st.sampled_from([torch.bfloat16, torch.float16])
 SHAPE = st.sampled_from([(7, 1, 128), (8, 2, 64), (3, 1, 64), (4, 4, 128)])  # q heads, kv heads, head_dim
 SPREADS = st.sampled_from([(2.0, 1.0), (0.0, 1e-3), (30.0, 300.0), (1e-3, 1.0)])  # keys, values
@@ -57,8 +58,9 @@ def test_packed_pages(device, portable, data):
     page, key_bits, value_bits = data.draw(st.sampled_from([64, 128])), data.draw(BITS), data.draw(BITS)
     key_spread, value_spread = data.draw(SPREADS)
     case = random_case(data.draw(lengths(page)), q_heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
-                       key_bits=key_bits, value_bits=value_bits, dtype=data.draw(DTYPE), key_spread=key_spread,
-                       value_spread=value_spread, seed=data.draw(st.integers(0, 99)), device=device)
+                       key_bits=key_bits, value_bits=value_bits, symmetric=data.draw(SYMMETRIC),
+                       dtype=data.draw(DTYPE), key_spread=key_spread, value_spread=value_spread,
+                       seed=data.draw(st.integers(0, 99)), device=device)
     check(case, run(case, portable, default_tuning(key_bits, value_bits)))
 
 
