@@ -46,9 +46,11 @@ def merge(partial: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, out: to
     overlap: launch while the attention kernel, which must be the one before, still runs (sm_90 and later).
     """
     batch, q_heads, head_dim = out.shape
-    # As many rows at a time as an even batch has, so that all loads go out together; more rows, fewer channels.
+    # As many rows at a time as an even batch has, so that all loads go out together, two or so a thread; more rows,
+    # fewer channels.
     rows = min(512, max(8, triton.next_power_of_2(-(-(partial.shape[0] - batch) // batch))))
     block = min(head_dim, max(8, 2048 // rows))
     merge_kernel[(batch, q_heads, head_dim // block)](partial, lse, spans, out, q_heads, D=head_dim, BLOCK_D=block,
-                                                      ROWS=rows, OVERLAP=overlap, num_warps=4,
+                                                      ROWS=rows, OVERLAP=overlap,
+                                                      num_warps=max(4, rows * block // 256),
                                                       **({"launch_pdl": True} if overlap else {}))
