@@ -11,7 +11,7 @@ import triton.language as tl
 def graph_times(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> dict[str, float]:
     """Median microseconds of one replay of each work's CUDA graph, replayed in turn so that clocks are alike for all.
 
-    Starting a replay costs about 8 us: a work should be long against that.
+    Starting a replay costs microseconds of its own: a work should be long against that.
     """
     graphs, times = {}, {name: [] for name in works}
     for name, work in works.items():
