@@ -1,0 +1,129 @@
+"""Decode attention over packed pages: what an attention backend calls.
+
+    workspace = DecodeWorkspace(batch, q_heads, kv_heads, head_dim, page, device)   # once a batch size
+    workspace.plan(seq_lens, req_pool_indices)                                      # once a step, for all layers
+    decode_attention(workspace, q, keys, values, ...)                               # once a layer
+
+All three launch kernels whose grids depend on the batch size alone, and none waits for the device: plan and
+decode_attention can be captured in a CUDA graph.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import triton
+
+from kvtuner_triton.decode_hopper import decode_kernel
+from kvtuner_triton.decode_merge import merge
+from kvtuner_triton.decode_plan import make_plan, plan_rows
+from kvtuner_triton.decode_portable import portable_kernel
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernel is run.
+
+    step_tokens: tokens a step; stages: steps in the ring; programs_per_sm: programs that share a multiprocessor, no
+    more than registers and shared memory allow; least_pages: a chunk has that many or more; registers: a program's
+    limit, None leaves it to the compiler; overlap: launch the merge while the last programs still run (sm_90).
+    """
+
+    step_tokens: int = 64
+    stages: int = 2
+    programs_per_sm: int = 12
+    least_pages: int = 1
+    registers: int | None = None
+    overlap: bool = False
+
+
+def default_tuning(key_bits: int, value_bits: int) -> Tuning:
+    """Chosen on an H100: as many programs as fit while each has a step in flight; 8-bit steps leave room for fewer."""
+    total = key_bits + value_bits
+    if total <= 4:
+        return Tuning(stages=3)
+    if total <= 8:
+        return Tuning()
+    return Tuning(step_tokens=32, stages=3, programs_per_sm=10) if total <= 12 else Tuning(programs_per_sm=6)
+
+
+@dataclass
+class DecodeWorkspace:
+    """Buffers of one decode step, shared by all layers of a rank.
+
+    rows = SMs * programs_per_sm / kv_heads, more if the batch needs it (decode_plan.plan_rows);
+    portable: use plain Triton; None: where the fragment kernel cannot run;
+    plan_table (rows, 4) int32, spans (batch, 2) int32, partial (rows, q_heads, head_dim) and lse (rows, q_heads) fp32.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page: int
+    device: torch.device | str
+    tuning: Tuning = field(default_factory=Tuning)
+    multiprocessors: int | None = None
+    portable: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.multiprocessors is None:
+            self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if self.portable is None:
+            self.portable = not has_fragments(self.device) or self.q_heads > 8 * self.kv_heads
+        rows = plan_rows(self.batch, self.multiprocessors * self.tuning.programs_per_sm // self.kv_heads)
+        self.plan_table = torch.full((rows, 4), -1, dtype=torch.int32, device=self.device)
+        self.spans = torch.zeros((self.batch, 2), dtype=torch.int32, device=self.device)
+        self.partial = torch.empty((rows, self.q_heads, self.head_dim), dtype=torch.float32, device=self.device)
+        self.lse = torch.empty((rows, self.q_heads), dtype=torch.float32, device=self.device)
+
+    def plan(self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor) -> None:
+        """Divide the step's work. Both (batch,), any integer type; seq_lens count the token being decoded."""
+        make_plan(seq_lens, req_pool_indices, self.plan_table, self.spans, self.page, self.tuning.least_pages)
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """Keys, or values, of one layer in fragment order: codes and meta as layout.py has them."""
+
+    bits: int
+    codes: torch.Tensor
+    meta: torch.Tensor
+
+
+def decode_attention(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, values: PackedPages,
+                     tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, sm_scale: float,
+                     out: torch.Tensor) -> torch.Tensor:
+    """out (batch, q_heads, head_dim) = attention of q, same shape, by the visibility rule; `workspace` is planned.
+
+    keys, values: PackedPages (pages, kv_heads, ...); tail_key, tail_value: (slots, page, kv_heads, head_dim) of the
+    model's dtype; req_to_token: (slots, max_context) int32.
+    """
+    attend_rows(workspace, q, keys, values, tail_key, tail_value, req_to_token, sm_scale)
+    merge(workspace.partial, workspace.lse, workspace.spans, out, workspace.tuning.overlap)
+    return out
+
+
+def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, values: PackedPages,
+                tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
+                sm_scale: float) -> None:
+    """The partial results of every row of the plan, into workspace.partial and workspace.lse."""
+    w = workspace
+    grid = (w.kv_heads, w.plan_table.shape[0])
+    shape = {"KV_HEADS": w.kv_heads, "GROUP": w.q_heads // w.kv_heads, "D": w.head_dim, "PAGE": w.page,
+             "KEY_BITS": keys.bits, "KEY_META": keys.meta.shape[2], "VALUE_BITS": values.bits,
+             "VALUE_META": values.meta.shape[4]}
+    rest = (tail_key, tail_value, req_to_token, w.plan_table, w.partial, w.lse, sm_scale, w.batch,
+            req_to_token.stride(0))
+    if w.portable:
+        heads = max(16, triton.next_power_of_2(shape["GROUP"]))
+        portable_kernel[grid](q, keys.codes, keys.meta, values.codes, values.meta, *rest, **shape, HEADS=heads)
+        return
+    words = (x.view(torch.int32) for x in (keys.codes, keys.meta, values.codes, values.meta))
+    decode_kernel[grid](q, *words, *rest, **shape, T=w.tuning.step_tokens, STAGES=w.tuning.stages,
+                        OVERLAP=w.tuning.overlap, num_warps=1, maxnreg=w.tuning.registers)
+
+
+def has_fragments(device: torch.device | str) -> bool:
+    """Whether the device has mma.sync m16n8k16, cp.async and movmatrix: NVIDIA GPUs from sm_80."""
+    cuda = torch.device(device).type == "cuda" and torch.version.cuda is not None
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,239 @@
+"""Store new keys and values, one launch a layer: quantize and pack complete pages, keep the page in progress.
+
+Bit for bit what reference.py and fragments.py give on a CPU.  With low, high over a group (keys: a channel of the page;
+values: a token), all in fp32:
+
+    zero = fp16(low), scale = fp16((high - low) / top),  code = clamp(floor((x - zero) / scale + 1/2), 0, top)
+
+and the symmetric form of reference.py.  No product feeds a sum here, so there is nothing to contract, and every
+quotient d / s is rounded as IEEE says, in three instructions instead of eleven: q = d r with r about 1 / s, then
+q + r (d - q s) in two FMAs.  s has at most 11 bits (an fp16, or top), so d - q s is exact, and a quotient of 24 by 11
+bits stays 2^-12 ulp away from where rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small
+that this fails, adding 1/2 forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing,
+and may differ from torch on a CPU by a bit.)
+
+Request b has new tokens at positions seq_lens[b] - new .. seq_lens[b] - 1, rows rows[b] .. of key and value.  Each page
+they complete is one item, quantized from the rows and, for the first, from the slot's tail; the page of the last token
+is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item touches
+its tail, first reading, then writing.  Decoding: one new token, one item a request, so the grid depends on the batch
+alone; padded requests have slot 0 and length 1 and write to tail 0.
+
+    key, value (tokens, kv_heads, D), rows strided       table = req_to_token (slots, table_stride) int32
+    codes, meta as layout.py has them, codes in fragment order        tail_key, tail_value (slots, PAGE, kv_heads, D)
+
+Bytes a token and kv head at D = 128, PAGE = 64: 512 read; kv8 268, kv4 140, kv2 76 written.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from kvtuner_triton.decode import PackedPages
+
+FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no fused multiply-add
+FP16_MAX = tl.constexpr(65504.0)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, slots, seq_lens,
+                new_lens, rows, items, key_stride, value_stride, table_stride, KV_HEADS: tl.constexpr,
+                D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, KEY_META: tl.constexpr,
+                VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr):
+    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values."""
+    head = tl.program_id(1)
+    if DECODE:
+        b = tl.program_id(0)
+        number = 0
+        end = tl.load(seq_lens + b).to(tl.int32)
+        start = end - 1
+        row = b
+    else:
+        b = tl.load(items + 2 * tl.program_id(0))
+        number = tl.load(items + 2 * tl.program_id(0) + 1)
+        end = tl.load(seq_lens + b).to(tl.int32)
+        start = end - tl.load(new_lens + b).to(tl.int32)
+        row = tl.load(rows + b).to(tl.int32)
+    slot = tl.load(slots + b).to(tl.int64)
+    first = (start // PAGE + number) * PAGE
+    page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
+    at = page * KV_HEADS + head
+    row = row.to(tl.int64) - start  # of position 0
+    if tl.program_id(2) == 0:
+        new, tail = key + head * D, tail_key + (slot * PAGE * KV_HEADS + head) * D
+        if first + PAGE <= end:
+            store_keys(new, row, key_stride, tail, start, first, key_codes + at * (PAGE * D * KEY_BITS // 8),
+                       key_meta + at * (D * KEY_META), KV_HEADS, D, PAGE, KEY_BITS, KEY_META)
+        if number == 0:
+            keep_page(new, row, key_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
+    else:
+        new, tail = value + head * D, tail_value + (slot * PAGE * KV_HEADS + head) * D
+        if first + PAGE <= end:
+            store_values(new, row, value_stride, tail, start, first, value_codes + at * (PAGE * D * VALUE_BITS // 8),
+                         value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
+        if number == 0:
+            keep_page(new, row, value_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
+
+
+@triton.jit
+def store_keys(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
+               PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
+    """Page of positions first .. first + PAGE - 1: one scale a channel."""
+    PER: tl.constexpr = 8 // BITS
+    channel = tl.arange(0, D)
+    x = load_tokens(new, row, stride, tail, start, first, tl.arange(0, PAGE), KV_HEADS, D).to(tl.float32)
+    scale, zero = scale_and_zero(tl.min(x, axis=0), tl.max(x, axis=0), BITS, META)
+    tl.store(meta + channel, scale.to(tl.float16))
+    if META == 2:
+        tl.store(meta + D + channel, zero.to(tl.float16))
+    code = quantize(x, scale[None, :], zero[None, :], BITS, META)
+    code = code << (channel % (D // 4) // 2 % PER * BITS)[None, :]
+    byte = tl.reshape(code, [PAGE // 32, 8, 2, 2, 4, D // 8 // PER, PER, 2])  # tile, g, m, half | t, u // per, f, e
+    byte = tl.permute(tl.sum(byte, axis=6), (0, 5, 2, 1, 4, 6, 3))  # tile, u // per, m, g, t, e, half
+    store_bytes(codes, byte, PAGE * D * BITS // 8)
+
+
+@triton.jit
+def store_values(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
+                 PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
+    """Page of positions first .. first + PAGE - 1: one scale a token.  Tokens u, 4 + u, .. are a tensor, u = 0 .. 3."""
+    PER: tl.constexpr = 8 // BITS
+    token = tl.arange(0, PAGE // 4) * 4
+    a = load_tokens(new, row, stride, tail, start, first, token, KV_HEADS, D)  # all loads before the first store
+    b = load_tokens(new, row, stride, tail, start, first, token + 1, KV_HEADS, D)
+    c = load_tokens(new, row, stride, tail, start, first, token + 2, KV_HEADS, D)
+    d = load_tokens(new, row, stride, tail, start, first, token + 3, KV_HEADS, D)
+    a = value_codes(a, meta + token * META, BITS, META)
+    b = value_codes(b, meta + token * META + META, BITS, META)
+    c = value_codes(c, meta + token * META + 2 * META, BITS, META)
+    d = value_codes(d, meta + token * META + 3 * META, BITS, META)
+    if PER == 1:
+        byte = tl.join(tl.join(a, c), tl.join(b, d))
+    elif PER == 2:
+        byte = tl.join(a | (b << 4), c | (d << 4))
+    else:
+        byte = a | (b << 2) | (c << 4) | (d << 6)
+    byte = tl.reshape(byte, [PAGE // 32, 4, 2, 8, D // 16, 2, 4 // PER])  # tile, t, e | g, m, half, u // per
+    byte = tl.permute(byte, (0, 6, 4, 3, 1, 2, 5))  # tile, u // per, m, g, t, e, half
+    store_bytes(codes, byte, PAGE * D * BITS // 8)
+
+
+@triton.jit
+def value_codes(x, meta, BITS: tl.constexpr, META: tl.constexpr):
+    """Codes (tokens, D) int32 of x, whose scale and zero are stored at `meta` (tokens)."""
+    x = x.to(tl.float32)
+    scale, zero = scale_and_zero(tl.min(x, axis=1), tl.max(x, axis=1), BITS, META)
+    tl.store(meta, scale.to(tl.float16))
+    if META == 2:
+        tl.store(meta + 1, zero.to(tl.float16))
+    return quantize(x, scale[:, None], zero[:, None], BITS, META)
+
+
+@triton.jit
+def load_tokens(new, row, stride, tail, start, first, token, KV_HEADS: tl.constexpr, D: tl.constexpr):
+    """Tokens `token` of the page at position `first` -> (tokens, D): from `start` on new, before from the tail."""
+    channel = tl.arange(0, D)[None, :]
+    new += ((row + first + token) * stride)[:, None] + channel
+    if first >= start:
+        x = tl.load(new)
+    else:
+        fresh = (first + token >= start)[:, None]
+        x = tl.load(tail + (token * (KV_HEADS * D))[:, None] + channel, mask=fresh == 0, other=0.0)
+        x = tl.load(new, mask=fresh, other=x)
+    return x
+
+
+@triton.jit
+def keep_page(new, row, stride, tail, start, end, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+              DECODE: tl.constexpr):
+    """Copy the new tokens of the last token's page to the tail."""
+    tl.debug_barrier()  # other threads may still be reading the tail
+    channel = tl.arange(0, D)
+    if DECODE:
+        tl.store(tail + start % PAGE * (KV_HEADS * D) + channel, tl.load(new + (row + start) * stride + channel))
+    else:
+        first = (end - 1) // PAGE * PAGE
+        token = tl.arange(0, PAGE)
+        inside = ((first + token >= start) & (first + token < end))[:, None]
+        x = tl.load(new + ((row + first + token) * stride)[:, None] + channel[None, :], mask=inside, other=0.0)
+        tl.store(tail + (token * (KV_HEADS * D))[:, None] + channel[None, :], x, mask=inside)
+
+
+@triton.jit
+def scale_and_zero(low, high, BITS: tl.constexpr, META: tl.constexpr):
+    """Scale and zero of groups, rounded to fp16; META = 1: symmetric, zero is 0."""
+    if META == 2:
+        return to_fp16(divide(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32))), to_fp16(low)
+    scale = divide(tl.maximum(high, -low), tl.full(low.shape, (1 << (BITS - 1)) - 1, tl.float32))
+    return to_fp16(scale), tl.zeros_like(scale)
+
+
+@triton.jit
+def to_fp16(x):
+    return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def divide(d, s):
+    """d / s rounded to nearest, where s broadcasts to d and has at most 11 bits."""
+    if FUSED:
+        r = 1.0 / s  # approximate
+        q = d * r
+        return tl.fma(tl.fma(-q, s, d), r, q)
+    return tl.div_rn(d, tl.broadcast_to(s, d.shape))
+
+
+@triton.jit
+def quantize(x, scale, zero, BITS: tl.constexpr, META: tl.constexpr):
+    """Codes int32 of x fp32; scale and zero broadcast to it. A scale of zero: code 0, or the middle if symmetric."""
+    steps = divide(x - zero, tl.where(scale > 0, scale, 1.0)) + 0.5
+    if META == 2:  # what is not negative need not be floored: conversion does
+        top = tl.where(scale > 0, (1 << BITS) - 1.0, 0.0)
+        return tl.minimum(tl.maximum(steps, 0.0), top).to(tl.int32)
+    steps = tl.floor(steps) + (1 << (BITS - 1))
+    return tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+
+
+@triton.jit
+def store_bytes(codes, byte, SIZE: tl.constexpr):
+    """byte (tile, u // per, m, g, t, e, half): words are numbered over (u // per, m), four of a lane together."""
+    TILES: tl.constexpr = byte.shape[0]
+    byte = tl.reshape(byte, [TILES, SIZE // TILES // 512, 4, 32, 4])  # tile, w // 4, w mod 4, lane, byte of the word
+    byte = tl.permute(byte, (0, 1, 3, 2, 4))
+    tl.store(codes + tl.arange(0, SIZE), tl.reshape(byte, [SIZE]).to(tl.uint8))
+
+
+def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+                 tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
+                 seq_lens: torch.Tensor) -> None:
+    """Store the one new token of each request, key and value (batch, kv_heads, D); seq_lens count it."""
+    _launch(len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens)
+
+
+def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+                 tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
+                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
+                 warps: int | None = None) -> None:
+    """Store new_lens[b] tokens of each request, rows[b] .. of key and value; items from extend_items."""
+    _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens, rows,
+            items, warps)
+
+
+def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> torch.Tensor:
+    """(items, 2) int32: request, and number of a page that it completes counted from its first; one at least."""
+    items = [(b, i) for b, (end, new) in enumerate(zip(seq_lens, new_lens, strict=True))
+             for i in range(max(1, end // page - (end - new) // page))]
+    return torch.tensor(items, dtype=torch.int32)
+
+
+def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+            tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
+            seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None, rows: torch.Tensor | None = None,
+            items: torch.Tensor | None = None, warps: int | None = None) -> None:
+    _, page, kv_heads, head_dim = tail_key.shape
+    page_kernel[(count, kv_heads, 2)](
+        key, value, keys.codes, keys.meta, values.codes, values.meta, tail_key, tail_value, req_to_token, slots,
+        seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0), KV_HEADS=kv_heads,
+        D=head_dim, PAGE=page, KEY_BITS=keys.bits, KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits,
+        VALUE_META=values.meta.shape[4], DECODE=items is None, num_warps=warps or page // 16)

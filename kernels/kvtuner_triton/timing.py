@@ -1,0 +1,51 @@
+"""Times of GPU work by CUDA graph, several kinds in turn, and the ceilings they are held to."""
+
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+import triton
+import triton.language as tl
+
+
+def graph_times(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> dict[str, float]:
+    """Median microseconds of one replay of each work's CUDA graph, replayed in turn so that clocks are alike for all.
+
+    Starting a replay costs microseconds of its own: a work should be long against that.
+    """
+    graphs, times = {}, {name: [] for name in works}
+    for name, work in works.items():
+        work()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            work()
+    for i in range(repeats + 3):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 3:
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+@triton.jit
+def read_kernel(x, out, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up a stretch of WORDS int32, so that it is read and nothing else."""
+    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, WORDS, BLOCK):
+        total += tl.load(x + at + start)
+    tl.store(out + tl.program_id(0), tl.sum(total))
+
+
+def ceilings(size: int = 2**30) -> tuple[float, float]:
+    """GB/s of a device copy, read and write counted, and of plain reading, of `size` bytes."""
+    source = torch.randint(-2**31, 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
+    target, out = torch.empty_like(source), torch.empty(4096, dtype=torch.int32, device="cuda")
+    times = graph_times({"copy": lambda: target.copy_(source),
+                         "read": lambda: read_kernel[(4096,)](source, out, WORDS=size // 4 // 4096, BLOCK=4096)})
+    return 2 * size / times["copy"] / 1e3, size / times["read"] / 1e3

@@ -1,0 +1,85 @@
+"""Decode attention over packed pages: error at most twice that of plain PyTorch in the same precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtuner_sglang.quant import TensorFormat
+from kvtuner_triton.decode import DecodeWorkspace, Tuning, decode_attention, default_tuning
+from kvtuner_triton.decode_case import TokenCase, attend, random_case, random_token_case, relative_error
+from kvtuner_triton.decode_token import BLOCK, decode_token_attention, token_tuning
+
+BITS = st.sampled_from([8, 4, 2])
+SYMMETRIC = st.sampled_from([(False, False), (False, True), (True, True)])
+DTYPE = st.sampled_from([torch.bfloat16, torch.float16])
+SHAPE = st.sampled_from([(7, 1, 128), (8, 2, 64), (3, 1, 64), (4, 4, 128)])  # q heads, kv heads, head_dim
+SPREADS = st.sampled_from([(2.0, 1.0), (0.0, 1e-3), (30.0, 300.0), (1e-3, 1.0)])  # keys, values
+KERNELS = [pytest.param(True, id="portable"), pytest.param(False, id="fragments", marks=pytest.mark.gpu)]
+
+
+def lengths(page):
+    near = st.sampled_from([1, page, page + 1, 2 * page, 3 * page + 17])
+    return st.lists(st.one_of(near, st.integers(1, 4 * page)), min_size=1, max_size=4)
+
+
+def run(case, portable, tuning=None, rows_sm=1):
+    """Two steps over poisoned buffers, which must agree -> out (batch, q_heads, head_dim)."""
+    outs = []
+    for _ in range(2):
+        tokens = isinstance(case, TokenCase)
+        work = DecodeWorkspace(*case.q.shape[:2], case.kv_heads, case.q.shape[2], BLOCK if tokens else case.page,
+                               case.q.device, tuning or Tuning(), multiprocessors=rows_sm, portable=portable)
+        # The interpreter truncates to bf16, so there torch rounds instead.
+        out = torch.full_like(case.q, float("nan"), dtype=torch.float32 if case.q.is_cpu else None)
+        work.partial.fill_(float("nan"))
+        work.lse.fill_(float("nan"))
+        work.plan(case.seq_lens, case.slots)
+        if tokens:
+            decode_token_attention(work, case.q, case.keys, case.values, case.req_to_token, case.sm_scale, out)
+        else:
+            decode_attention(work, case.q, case.keys, case.values, case.tail_key, case.tail_value, case.req_to_token,
+                             case.sm_scale, out)
+        outs.append(out.to(case.q.dtype))
+    assert torch.equal(*outs)
+    return outs[0]
+
+
+def check(case, out):
+    truth = attend(case, torch.float64)
+    assert relative_error(out, truth) <= 2 * relative_error(attend(case, case.q.dtype), truth)
+
+
+@pytest.mark.parametrize("portable", KERNELS)
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_packed_pages(device, portable, data):
+    heads, kv_heads, head_dim = data.draw(SHAPE)
+    page, key_bits, value_bits = data.draw(st.sampled_from([64, 128])), data.draw(BITS), data.draw(BITS)
+    key_spread, value_spread = data.draw(SPREADS)
+    case = random_case(data.draw(lengths(page)), q_heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
+                       key_bits=key_bits, value_bits=value_bits, symmetric=data.draw(SYMMETRIC),
+                       dtype=data.draw(DTYPE), key_spread=key_spread, value_spread=value_spread,
+                       seed=data.draw(st.integers(0, 99)), device=device)
+    check(case, run(case, portable, default_tuning(key_bits, value_bits)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_tokens(device, data):
+    heads, kv_heads, head_dim = data.draw(SHAPE)
+    formats = tuple(TensorFormat(data.draw(BITS), data.draw(st.sampled_from([None, 32, 64])), data.draw(st.booleans()))
+                    for _ in range(2))
+    key_spread, value_spread = data.draw(SPREADS)
+    case = random_token_case(data.draw(lengths(BLOCK)), q_heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                             page=data.draw(st.sampled_from([1, 3, 16, 64])), formats=formats, dtype=data.draw(DTYPE),
+                             key_spread=key_spread, value_spread=value_spread, seed=data.draw(st.integers(0, 99)),
+                             device=device)
+    check(case, run(case, True, token_tuning()))
+
+
+@pytest.mark.parametrize("portable", KERNELS)
+def test_more_requests_than_the_gpu_holds_at_once(device, portable):
+    case = random_case([65, 1, 200, 64, 129, 300], q_heads=2, kv_heads=1, head_dim=64, page=64, key_bits=4,
+                       value_bits=4, device=device)
+    check(case, run(case, portable, Tuning(programs_per_sm=2)))

@@ -1,0 +1,94 @@
+"""Stores equal the CPU reference bit for bit: codes, metadata and tails, and nothing else is touched."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtuner_sglang.quant import TensorFormat
+from kvtuner_triton import reference
+from kvtuner_triton.decode import PackedPages
+from kvtuner_triton.store_case import CONTENTS, expected, random_content, random_store_case
+from kvtuner_triton.store_token import store_by_location
+
+BITS = st.sampled_from([8, 4, 2])
+
+
+def check(case, decode):
+    truth = expected(case)
+    case.run(decode)
+    for name, x, y in zip(("key codes", "key meta", "value codes", "value meta", "tail key", "tail value"),
+                          case.written, truth.written, strict=True):
+        x = x.cpu()
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), f"{name}: {(x != y).sum()} differ"
+
+
+def draw_format(data):
+    return {"head_dim": data.draw(st.sampled_from([64, 128])), "kv_heads": data.draw(st.integers(1, 2)),
+            "page": data.draw(st.sampled_from([64, 128])), "key_bits": data.draw(BITS), "value_bits": data.draw(BITS),
+            "symmetric": data.draw(st.tuples(st.booleans(), st.booleans())),
+            "content": data.draw(st.sampled_from(CONTENTS)),
+            "dtype": data.draw(st.sampled_from([torch.bfloat16, torch.float16])), "seed": data.draw(st.integers(0, 99))}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_extend_from_anywhere_to_anywhere(device, data):
+    fmt = draw_format(data)
+    starts = data.draw(st.lists(st.one_of(st.just(0), st.integers(0, 2 * fmt["page"])), min_size=1, max_size=3))
+    news = [data.draw(st.one_of(st.sampled_from([1, fmt["page"], 2 * fmt["page"]]), st.integers(1, 150)))
+            for _ in starts]
+    ends = [start + new for start, new in zip(starts, news, strict=True)]
+    check(random_store_case(ends, news, device=device, **fmt), decode=False)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_decode_steps(device, data):
+    fmt = draw_format(data)
+    near = st.sampled_from([1, fmt["page"], fmt["page"] + 1, 2 * fmt["page"]])
+    ends = data.draw(st.lists(st.one_of(near, st.integers(1, 300)), min_size=1, max_size=4))
+    check(random_store_case(ends, [1] * len(ends), device=device, **fmt), decode=True)
+
+
+def test_padded_requests_write_to_slot_0_alone(device):
+    case = random_store_case([64, 70, 1], [1, 1, 1], kv_heads=1, head_dim=64, page=64, key_bits=4, value_bits=4,
+                             device=device)
+    case.req_to_token[0] = 0
+    case.slots[2] = 0
+    check(case, decode=True)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_groups_of_every_kind(device, content):
+    case = random_store_case([64], [64], kv_heads=1, head_dim=64, page=64, key_bits=4, value_bits=4,
+                             symmetric=(False, True), content=content, device=device)
+    check(case, decode=False)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_tokens_at_any_location(device, data):
+    head_dim, kv_heads = data.draw(st.sampled_from([64, 128])), data.draw(st.integers(1, 2))
+    page, pages = data.draw(st.sampled_from([1, 3, 64])), 40
+    formats = [TensorFormat(data.draw(BITS), data.draw(st.sampled_from([None, 32, 64])), data.draw(st.booleans()))
+               for _ in range(2)]
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    count = data.draw(st.integers(1, 39))
+    wide = random_content(data.draw(st.sampled_from(CONTENTS)), (count, 3, kv_heads, head_dim), random)
+    wide = wide.to(data.draw(st.sampled_from([torch.bfloat16, torch.float16])))
+    locations = torch.randperm((pages - 1) * page, generator=random)[:count] + page
+    packed, truths = [], []
+    for i, fmt in enumerate(formats):
+        shape = (pages, kv_heads, page)
+        codes = torch.zeros((*shape, head_dim * fmt.bits // 8), dtype=torch.uint8)
+        meta = torch.zeros((*shape, fmt.groups(head_dim), fmt.metadata_values), dtype=torch.float16)
+        packed.append(PackedPages(fmt.bits, codes.to(device), meta.to(device)))
+        at = (locations // page, slice(None), locations % page)
+        codes[at], meta[at] = reference.encode(fmt, wide[:, i])[:2]
+        truths.append((codes, meta))
+    wide = wide.to(device)
+    store_by_location(wide[:, 0], wide[:, 1], *packed, locations.to(device))
+    for (codes, meta), got in zip(truths, packed, strict=True):
+        assert torch.equal(got.codes.cpu(), codes)
+        assert torch.equal(got.meta.cpu().view(torch.int16), meta.view(torch.int16))
