@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
-import hydra
+try:
+    import hydra
+except ImportError:
+    sys.exit("kvtuner: this Python has no hydra-core: run `make setup`, then .venv/bin/python run.py.")
 from omegaconf import DictConfig, OmegaConf
 
 from kvtuner_sglang import command_line

@@ -83,7 +83,8 @@ class TensorFormat:
         size = self.group_size or head_dim
         if head_dim % size:
             raise ConfigError(
-                f"--kvtuner-q-group-size {size} does not divide head_dim {head_dim}: choose a divisor of {head_dim}."
+                f"--kvtuner-q-group-size {size} (quant.group_size) does not divide head_dim {head_dim}: choose a "
+                f"divisor of {head_dim}."
             )
         return head_dim // size
 

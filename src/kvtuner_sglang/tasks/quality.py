@@ -31,8 +31,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
 
     An engine that broke is an outcome with status failed, figures that may not count one with status invalid.
     """
-    say(f"{config.run_dir}")
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    say(f"{config.run_dir}")
     subject = subject_of(config, checkpoint)
     started, reason = utc_now(), None
     status: Status = "failed"

@@ -39,10 +39,10 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
 
     A run that started and broke is an outcome with status failed, or invalid when samples may not count.
     """
-    say(f"{config.run_dir}")
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
     if config.quality.probe:
         require_probed(config, checkpoint, say)
+    say(f"{config.run_dir}")
     with run_directory(config.run_dir):
         attempt = _Attempt(started=utc_now())
         with SampleLog(config.run_dir) as log:
