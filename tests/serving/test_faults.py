@@ -82,13 +82,14 @@ def alive(pids: set[int]) -> list[int]:
     ("tp2pp2", 4, signal.SIGSTOP, 90, "has been stopped"),
 ])
 def test_a_lost_rank_ends_the_run(start_run, dist: str, ranks: int, number: signal.Signals, limit_s: float,
-                                  what: str) -> None:
+                                  what: str, record_property: Callable[[str, object], None]) -> None:
     run = start_run(dist)
     assert set(run.rank_pids) == set(range(ranks))
     assert set(run.rank_pids.values()) <= run.all_pids
     victim = run.rank_pids[ranks - 1]
     os.kill(victim, number)
     seconds = run.wait(limit_s)
+    record_property("seconds_to_end", seconds)
     assert seconds < limit_s
     assert run.process.returncode == 1, run.said()
     assert alive(run.all_pids) == []
