@@ -118,7 +118,7 @@ def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, 
         heads = max(16, triton.next_power_of_2(shape["GROUP"]))
         portable_kernel[grid](q, keys.codes, keys.meta, values.codes, values.meta, *rest, **shape, HEADS=heads)
         return
-    words = (x.view(torch.int32) for x in (keys.codes, keys.meta, values.codes, values.meta))
+    words = (x.view(-1).view(torch.int32) for x in (keys.codes, keys.meta, values.codes, values.meta))
     decode_kernel[grid](q, *words, *rest, **shape, T=w.tuning.step_tokens, STAGES=w.tuning.stages,
                         OVERLAP=w.tuning.overlap, num_warps=1, maxnreg=w.tuning.registers)
 

@@ -27,6 +27,11 @@ time.  A page is a sequence of tiles of 32 tokens; u counts the column halves of
 
 so one load is 16 bytes a lane and 512 contiguous bytes a warp, and a page takes page * head_dim * bits / 8 bytes.
 
+Second halves of boosted keys (layout.py) are four bits each, at most four slots a lane: the lane that has channels of
+those slots has them of all its tokens, 4 g + 0 .. 3, in one 16-bit unit a slot, little end first
+
+    address in the page = 2 * ((8 tile + g) * slots + slot)       nibble i: token 32 tile + 4 g + i
+
 Marlin (arXiv 2408.11743) does the same for weights and BitDecoding (arXiv 2503.18773) for KV caches.
 """
 
@@ -67,6 +72,21 @@ def restore_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
     head_dim = width * 8 // bits
     x = _from_bytes(packed.reshape(-1, page // TILE, TILE * width), bits, row_tiles=head_dim // 16)
     return x.permute(0, 1, 5, 6, 2, 8, 4, 3, 7).reshape(*lead, page, head_dim)
+
+
+def order_slots(halves: torch.Tensor) -> torch.Tensor:
+    """halves: (..., page, slots) uint8 below 16 -> (..., page, slots / 2) uint8, as above."""
+    *lead, page, slots = halves.shape
+    x = halves.reshape(-1, page // TILE, 8, 2, 2, slots).permute(0, 1, 2, 5, 3, 4)  # page, tile, g, slot, byte, nibble
+    return (x[..., 0] | x[..., 1] << 4).reshape(*lead, page, slots // 2)
+
+
+def restore_slots(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of order_slots: (..., page, slots / 2) uint8 -> (..., page, slots) uint8."""
+    *lead, page, width = packed.shape
+    x = packed.reshape(-1, page // TILE, 8, 2 * width, 2)
+    x = torch.stack([x & 15, x >> 4], -1).permute(0, 1, 2, 4, 5, 3)
+    return x.reshape(*lead, page, 2 * width)
 
 
 def _to_bytes(x: torch.Tensor, bits: int) -> torch.Tensor:

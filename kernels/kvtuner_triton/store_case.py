@@ -58,8 +58,8 @@ def random_store_case(seq_lens: Sequence[int], new_lens: Sequence[int], *, kv_he
     batch, total = len(seq_lens), sum(new_lens)
     per_request = max(seq_lens) // page + 1
     count = batch * per_request + 1
-    wide = random_content(content, (total + 2, 2, kv_heads, head_dim), random).to(dtype).to(device)[1:-1]
-    tails = random_content(content, (2, batch + 2, page, kv_heads, head_dim), random).to(dtype).to(device)
+    wide = random_content(content, (total + 2, 2, kv_heads, head_dim), random, dtype).to(device)[1:-1]
+    tails = random_content(content, (2, batch + 2, page, kv_heads, head_dim), random, dtype).to(device)
     slots = torch.randperm(batch + 1, generator=random)[:batch] + 1
     table = torch.randint(0, 2**30, (batch + 2, per_request * page), generator=random, dtype=torch.int32)
     ids = (torch.randperm(count - 1, generator=random) + 1).view(batch, per_request, 1)
@@ -102,15 +102,18 @@ def _put_values(packed: PackedPages, page_id: int, x: torch.Tensor) -> None:
     packed.meta[page_id] = meta.unsqueeze(-2)
 
 
-def random_content(kind: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+def random_content(kind: str, shape: tuple[int, ...], random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """All finite: what is not a number has no code."""
     x = torch.randn(shape, generator=random)
     if kind == "bias":
-        return x + 40 * torch.randn((shape[-1],), generator=random)
-    if kind == "steps":  # many values halfway between two codes
-        return torch.round(8 * x) / 16
-    if kind == "constant":
-        return torch.full(shape, -1.7)
-    return x * {"normal": 1.0, "tiny": 1e-7, "huge": 3e4}[kind]
+        x = x + 40 * torch.randn((shape[-1],), generator=random)
+    elif kind == "steps":  # many values halfway between two codes
+        x = torch.round(8 * x) / 16
+    elif kind == "constant":
+        x = torch.full(shape, -1.7)
+    else:
+        x = x * {"normal": 1.0, "tiny": 1e-7, "huge": 3e4}[kind]
+    return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
 
 def _to_cpu(x: torch.Tensor | PackedPages) -> torch.Tensor | PackedPages:

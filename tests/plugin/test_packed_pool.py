@@ -26,7 +26,8 @@ def slow_packed(x: torch.Tensor, bits: int, group: int, symmetric: bool) -> tupl
         part = x[start : start + group]
         if symmetric:
             half = 2 ** (bits - 1)
-            scale = (part.abs().max() / f32(float(half - 1))).half()
+            far = max(part.tolist(), key=lambda x: (abs(x), x))
+            scale = (f32(far) / f32(-float(half))).half()
             meta += [scale.item()]
             codes = [torch.floor(e / scale.float() + 0.5).item() + half for e in part]
         else:

@@ -48,7 +48,8 @@ def test_four_bit_keys_are_boosted_unless_told_otherwise():
         assert not asked(*bits).key.boosted
         assert not asked(*bits).value.symmetric
     assert not asked(4, 4, axis_key=0).key.boosted
-    assert not asked(2, 2, key_boost=True).value.symmetric  # three levels would be too few
+    assert not asked(4, 4, asym=False).key.boosted
+    assert not asked(4, 2, key_boost=True).value.symmetric  # an offset would waste two of four levels
 
 
 def test_bytes_of_boosted_keys():

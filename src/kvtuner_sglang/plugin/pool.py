@@ -58,7 +58,8 @@ class PackedKVPool(MHATokenToKVPool):
         self.shape = KVShape(self.head_num, self.head_dim, self.dtype.itemsize, self.page_size)
         pages = self.size // self.page_size + 1  # page 0 is padding
         for fmt in self.plan:
-            key, value = (layout.allocate(f, self.shape, pages, self.dtype, self.device) for f in (fmt.key, fmt.value))
+            key, value = (layout.allocate(f, self.shape, pages, self.dtype, self.device, order)
+                          for f, order in zip((fmt.key, fmt.value), layout.orders(fmt, self.shape), strict=True))
             self.layers.append(LayerPages(fmt, key, value))
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
 

@@ -2,9 +2,9 @@
 
 Per token (axis 0): every token and kv head is cut along head_dim into groups of `group_size` channels; each group has
 an fp16 scale and, if asymmetric, an fp16 zero.  Per channel (axis 1, keys only): every channel of a kv head has one
-scale and zero for a whole page of tokens, so the page is the group.  Boosted keys are per channel, and the
-head_dim / 16 channels of a page that matter most to attention scores have twice the bits (kvtuner_triton.reference
-says which they are): a few channels carry most of the error of four-bit keys.  16 bits means the model's own
+scale and zero for a whole page of tokens, so the page is the group.  Boosted keys are 4-bit keys per channel of which
+head_dim / 16 channels of a page, those that matter most to attention scores, have 8 bits (kvtuner_triton.reference says
+which they are): a few channels carry most of the error of four-bit keys.  16 bits means the model's own
 precision, stored as it is.  After KVTuner (arXiv 2502.04420) and KIVI (arXiv 2402.02750); unlike both, metadata always
 counts.
 """
@@ -22,6 +22,7 @@ PER_CHANNEL = 1
 METADATA_BYTES = 2  # scale and zero are fp16
 CHANNEL_PAGE_SIZES = (64, 128)  # tokens; the first is the default
 TOKEN_PAGE_SIZES = (1,)
+BOOSTED_BITS = 4
 BOOST_DIVISOR = 16  # one of so many key channels is boosted
 NO_BOOST = "give --kvtuner-key-boost False (quant.key_boost=false)"
 
@@ -32,7 +33,7 @@ class TensorFormat:
 
     bits: 16 (not quantized), 8, 4 or 2.  axis: 0 per token, 1 per channel over a page.
     group_size: channels per scale on axis 0; None is the whole head.  Axis 1 ignores it: the page is the group.
-    boosted: head_dim / 16 channels of every page have twice the bits (axis 1 only).
+    boosted: head_dim / 16 channels of every page have 8 bits (asymmetric 4-bit keys on axis 1 only).
     """
 
     bits: int
@@ -48,9 +49,10 @@ class TensorFormat:
             raise ConfigError(f"axis {self.axis} does not exist: choose 0 (per token) or 1 (per channel).")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group size {self.group_size} is not a number of channels: choose 32, 64 or head_dim.")
-        if self.boosted and not (self.per_channel and self.bits < 8):
-            raise ConfigError(f"only keys of 4 or 2 bits per channel can be boosted, not these of {self.bits}: "
-                              f"{NO_BOOST}.")
+        if self.boosted and (not self.per_channel or self.bits != BOOSTED_BITS or self.symmetric):
+            raise ConfigError(f"only asymmetric keys of {BOOSTED_BITS} bits per channel can be boosted, not "
+                              f"{'symmetric' if self.symmetric else 'asymmetric'} ones of {self.bits}"
+                              f"{'' if self.per_channel else ' per token'}: {NO_BOOST}.")
 
     @property
     def quantized(self) -> bool:
@@ -66,7 +68,7 @@ class TensorFormat:
         return 1 if self.symmetric else 2
 
     def boosted_channels(self, head_dim: int) -> int:
-        """Channels of a page with twice the bits; raises ConfigError if there is no whole number of them."""
+        """Channels of a page with 8 bits; raises ConfigError if there is no whole number of them."""
         if not self.boosted:
             return 0
         if head_dim % BOOST_DIVISOR:
@@ -187,11 +189,11 @@ def kv_format(*, bits_key: int, bits_value: int, axis_key: int, axis_value: int,
               key_boost: bool | None) -> KVFormat:
     """Keys and values as users ask for them.
 
-    key_boost: None boosts 4-bit keys per channel beside values of 4 or 8 bits.  Boosted keys are paid for by values
-    without a zero (symmetric), unless those have 2 bits, which would be left with three levels.
+    key_boost: None boosts asymmetric 4-bit keys per channel beside values of 4 or 8 bits.  Boosted keys are paid for by
+    values without a zero (symmetric), unless those have 2 bits, whose four levels an offset would waste.
     """
     if key_boost is None:
-        key_boost = axis_key == PER_CHANNEL and bits_key == 4 and bits_value in (4, 8)
+        key_boost = asym and axis_key == PER_CHANNEL and bits_key == BOOSTED_BITS and bits_value in (4, 8)
     symmetric_value = not asym or (key_boost and bits_value > 2)
     return KVFormat(TensorFormat(bits_key, group_size, not asym, axis_key, key_boost),
                     TensorFormat(bits_value, group_size, symmetric_value, axis_value))
