@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.kernel_bench.config import KernelsConfig
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat
@@ -150,13 +151,14 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe"]
+    task: Literal["serve", "quality", "probe", "kernels"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
     server: ServerConfig
     workload: WorkloadConfig
     quality: QualityConfig
+    kernels: KernelsConfig
     tracking: TrackingConfig
     report: ReportConfig
     seed: int
@@ -169,13 +171,18 @@ class RunConfig:
     @property
     def config_hash(self) -> str:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
-        other_task = "workload" if self.task == "quality" else "quality"
-        left_out = ("force", "runs_dir", "tracking", "report", other_task)
-        kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
+        if self.task == "kernels":
+            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
+        else:
+            other_task = "workload" if self.task == "quality" else "quality"
+            left_out = ("force", "runs_dir", "tracking", "report", "kernels", other_task)
+            kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
+        if self.task == "kernels":
+            return f"kernels-{self.kernels.name}"
         load = self.quality.name if self.task == "quality" else self.workload.name
         return f"{self.task}-{self.model.name}-{self.quant.name}-{self.dist.name}-{load}"
 
