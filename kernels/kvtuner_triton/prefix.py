@@ -49,7 +49,7 @@ class PrefixTuning:
 def prefix_tuning(group: int, page: int | None, dtype: torch.dtype) -> PrefixTuning:
     """Tiles of 128 rows; two heads of 64 positions where that wastes no row, since no page is then computed twice."""
     if dtype == torch.float32:
-        return PrefixTuning(tokens=32, columns=32, warps=4, stages=1)
+        return PrefixTuning(tokens=32, columns=32, stages=1)
     return PrefixTuning(tokens=64, heads=2) if page == 64 and group % 2 == 0 else PrefixTuning()
 
 

@@ -47,22 +47,35 @@ def page_kernel(key_codes, key_meta, extra, value_codes, value_meta, table, bloc
     row = tl.load(block + 3).to(tl.int64)
     out = (row * KV_HEADS + head) * D + tl.arange(0, PAGE)[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
     if tl.program_id(2) == 0:
-        code = key_codes_of(key_codes + at * (PAGE * D * KEY_BITS // 8), D, PAGE, KEY_BITS)
-        channel = tl.arange(0, D)
-        scale, zero = load_meta(key_meta + at * (D * KEY_META) + channel, D, KEY_BITS, KEY_META)
-        if BOOST:
-            boosted = scale < 0  # -0 is missed: any code will do
-            half = halves(extra + at * (PAGE * D // 32), channel, boosted, D, PAGE)
-            code = (code << tl.where(boosted, 4, 0)[None, :]) | half
-            scale = tl.abs(scale)
-        x = to_float(code) * scale[None, :] + zero[None, :]
-        tl.store(key_out + out, rounded(x, key_out.dtype.element_ty))
+        unpack_keys(key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META), extra, at,
+                    key_out + out, D, PAGE, KEY_BITS, KEY_META, BOOST)
     else:
-        code = value_codes_of(value_codes + at * (PAGE * D * VALUE_BITS // 8), D, PAGE, VALUE_BITS)
-        meta = value_meta + (at * PAGE + tl.arange(0, PAGE)) * VALUE_META
-        scale, zero = load_meta(meta, 1, VALUE_BITS, VALUE_META)
-        x = to_float(code) * scale[:, None] + zero[:, None]
-        tl.store(value_out + out, rounded(x, value_out.dtype.element_ty))
+        unpack_values(value_codes + at * (PAGE * D * VALUE_BITS // 8), value_meta + at * (PAGE * VALUE_META),
+                      value_out + out, D, PAGE, VALUE_BITS, VALUE_META)
+
+
+@triton.jit
+def unpack_keys(codes, meta, extra, at, out, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
+                META: tl.constexpr, BOOST: tl.constexpr):
+    """A page: one scale a channel; `extra` is that of all pages, this one's is number `at`."""
+    code = key_codes_of(codes, D, PAGE, BITS)
+    channel = tl.arange(0, D)
+    scale, zero = load_meta(meta + channel, D, BITS, META)
+    if BOOST:
+        boosted = scale < 0  # -0 is missed: any code will do
+        half = halves(extra + at * (PAGE * D // 32), channel, boosted, D, PAGE)
+        code = (code << tl.where(boosted, 4, 0)[None, :]) | half
+        scale = tl.abs(scale)
+    x = to_float(code) * scale[None, :] + zero[None, :]
+    tl.store(out, rounded(x, out.dtype.element_ty))
+
+
+@triton.jit
+def unpack_values(codes, meta, out, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
+    """A page: one scale a token."""
+    scale, zero = load_meta(meta + tl.arange(0, PAGE) * META, 1, BITS, META)
+    x = to_float(value_codes_of(codes, D, PAGE, BITS)) * scale[:, None] + zero[:, None]
+    tl.store(out, rounded(x, out.dtype.element_ty))
 
 
 @triton.jit
@@ -128,11 +141,11 @@ def to_float(code):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x fp32 to the nearest of `dtype`; the interpreter cuts bf16 off, so there it is rounded by hand."""
+    """x fp32 to the nearest of `dtype`; by hand where the interpreter would cut off what bf16 does not hold."""
     if INTERPRETED:  # noqa: SIM102 - decided when compiling
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
-            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 
