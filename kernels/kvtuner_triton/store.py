@@ -1,4 +1,7 @@
-"""Store new keys and values, one launch a layer: quantize and pack complete pages, keep the page in progress.
+"""Store new keys and values: quantize and pack complete pages, keep the page in progress.
+
+Decoding does both in one launch a layer.  An extend takes two, since attention comes between them: it reads the new
+pages as stored (unpack.py), and the page in progress as it was before (prefix.py).
 
 Bit for bit what reference.py and fragments.py give on a CPU.  With low, high over a group (keys: a channel of the page;
 values: a token), all in fp32:
@@ -14,9 +17,9 @@ and may differ from torch on a CPU by a bit.)
 
 Request b has new tokens at positions seq_lens[b] - new .. seq_lens[b] - 1, rows rows[b] .. of key and value.  Each page
 they complete is one item, quantized from the rows and, for the first, from the slot's tail; the page of the last token
-is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item touches
-its tail, first reading, then writing.  Decoding: one new token, one item a request, so the grid depends on the batch
-alone; padded requests have slot 0 and length 1 and write to tail 0.
+is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item reads
+its tail.  Decoding: one new token, one item a request, which reads the tail, then writes it, so the grid depends on the
+batch alone; padded requests have slot 0 and length 1 and write to tail 0.
 
     key, value (tokens, kv_heads, D), rows strided       table = req_to_token (slots, table_stride) int32
     codes, meta as layout.py has them, codes in fragment order        tail_key, tail_value (slots, PAGE, kv_heads, D)
@@ -40,39 +43,49 @@ FP16_MAX = tl.constexpr(65504.0)
 def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, slots, seq_lens,
                 new_lens, rows, items, key_stride, value_stride, table_stride, KV_HEADS: tl.constexpr,
                 D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, KEY_META: tl.constexpr,
-                VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr):
-    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values."""
+                VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr, PAGES: tl.constexpr,
+                TAILS: tl.constexpr):
+    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values.
+
+    PAGES: store complete pages; TAILS: keep the page in progress, after reading it where both are done.
+    """
     head = tl.program_id(1)
+    b = tl.program_id(0)
+    number = 0
     if DECODE:
-        b = tl.program_id(0)
-        number = 0
         end = tl.load(seq_lens + b).to(tl.int32)
         start = end - 1
         row = b
     else:
-        b = tl.load(items + 2 * tl.program_id(0))
-        number = tl.load(items + 2 * tl.program_id(0) + 1)
+        if PAGES:
+            number = tl.load(items + 2 * b + 1)
+            b = tl.load(items + 2 * b)
         end = tl.load(seq_lens + b).to(tl.int32)
         start = end - tl.load(new_lens + b).to(tl.int32)
         row = tl.load(rows + b).to(tl.int32)
     slot = tl.load(slots + b).to(tl.int64)
     first = (start // PAGE + number) * PAGE
-    page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
-    at = page * KV_HEADS + head
+    if PAGES:
+        page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
+        at = page * KV_HEADS + head
     row = row.to(tl.int64) - start  # of position 0
     if tl.program_id(2) == 0:
         new, tail = key + head * D, tail_key + (slot * PAGE * KV_HEADS + head) * D
-        if first + PAGE <= end:
-            store_keys(new, row, key_stride, tail, start, first, key_codes + at * (PAGE * D * KEY_BITS // 8),
-                       key_meta + at * (D * KEY_META), KV_HEADS, D, PAGE, KEY_BITS, KEY_META)
-        if number == 0:
+        if PAGES:  # noqa: SIM102 - decided when compiling
+            if first + PAGE <= end:
+                store_keys(new, row, key_stride, tail, start, first,
+                           key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META),
+                           KV_HEADS, D, PAGE, KEY_BITS, KEY_META)
+        if TAILS:
             keep_page(new, row, key_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
     else:
         new, tail = value + head * D, tail_value + (slot * PAGE * KV_HEADS + head) * D
-        if first + PAGE <= end:
-            store_values(new, row, value_stride, tail, start, first, value_codes + at * (PAGE * D * VALUE_BITS // 8),
-                         value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
-        if number == 0:
+        if PAGES:  # noqa: SIM102 - decided when compiling
+            if first + PAGE <= end:
+                store_values(new, row, value_stride, tail, start, first,
+                             value_codes + at * (PAGE * D * VALUE_BITS // 8), value_meta + at * (PAGE * VALUE_META),
+                             KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
+        if TAILS:
             keep_page(new, row, value_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
 
 
@@ -211,20 +224,32 @@ def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, valu
     _launch(len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens)
 
 
-def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
-                 tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
-                 warps: int | None = None) -> None:
-    """Store new_lens[b] tokens of each request, rows[b] .. of key and value; items from extend_items."""
-    _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens, rows,
-            items, warps)
+def store_extend_pages(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+                       tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
+                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor,
+                       items: torch.Tensor, warps: int | None = None) -> None:
+    """Store the pages that new_lens[b] tokens, rows[b] .. of key and value, complete; items from extend_items."""
+    if len(items):
+        _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens,
+                rows, items, warps)
+
+
+def store_extend_tails(key: torch.Tensor, value: torch.Tensor, tail_key: torch.Tensor, tail_value: torch.Tensor,
+                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor,
+                       rows: torch.Tensor) -> None:
+    """Keep each request's page in progress: the new ones among its tokens, rows of key and value."""
+    _, page, kv_heads, head_dim = tail_key.shape
+    page_kernel[(len(slots), kv_heads, 2)](
+        key, value, None, None, None, None, tail_key, tail_value, None, slots, seq_lens, new_lens, rows, None,
+        key.stride(0), value.stride(0), 0, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=0, KEY_META=0,
+        VALUE_BITS=0, VALUE_META=0, DECODE=False, PAGES=False, TAILS=True)
 
 
 def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> torch.Tensor:
-    """(items, 2) int32: request, and number of a page that it completes counted from its first; one at least."""
+    """(items, 2) int32: request, and number of a page that it completes counted from its first; maybe none."""
     items = [(b, i) for b, (end, new) in enumerate(zip(seq_lens, new_lens, strict=True))
-             for i in range(max(1, end // page - (end - new) // page))]
-    return torch.tensor(items, dtype=torch.int32)
+             for i in range(end // page - (end - new) // page)]
+    return torch.tensor(items, dtype=torch.int32).view(-1, 2)
 
 
 def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
@@ -236,4 +261,5 @@ def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPage
         key, value, keys.codes, keys.meta, values.codes, values.meta, tail_key, tail_value, req_to_token, slots,
         seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0), KV_HEADS=kv_heads,
         D=head_dim, PAGE=page, KEY_BITS=keys.bits, KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits,
-        VALUE_META=values.meta.shape[4], DECODE=items is None, num_warps=warps or page // 16)
+        VALUE_META=values.meta.shape[4], DECODE=items is None, PAGES=True, TAILS=items is None,
+        num_warps=warps or page // 16)

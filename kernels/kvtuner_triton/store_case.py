@@ -7,14 +7,14 @@ import torch
 
 from kvtuner_triton import fragments, reference
 from kvtuner_triton.decode import PackedPages
-from kvtuner_triton.store import extend_items, store_decode, store_extend
+from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
 
 CONTENTS = ("normal", "bias", "steps", "constant", "tiny", "huge")
 
 
 @dataclass(frozen=True)
 class StoreCase:
-    """Arguments of store.store_extend; `slots`, `seq_lens`, `new_lens` and `rows` are on the device."""
+    """Arguments of store.store_extend_pages; `slots`, `seq_lens`, `new_lens` and `rows` are on the device."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -34,13 +34,22 @@ class StoreCase:
         return (self.keys.codes, self.keys.meta, self.values.codes, self.values.meta, self.tail_key, self.tail_value)
 
     def run(self, decode: bool) -> None:
-        places = (self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value, self.req_to_token,
-                  self.slots, self.seq_lens)
         if decode:
-            store_decode(*places)
+            store_decode(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value,
+                         self.req_to_token, self.slots, self.seq_lens)
             return
+        self.store_pages()
+        self.store_tails()
+
+    def store_pages(self) -> None:
         items = extend_items(self.seq_lens.tolist(), self.new_lens.tolist(), self.tail_key.shape[1])
-        store_extend(*places, self.new_lens, self.rows, items.to(self.key.device))
+        store_extend_pages(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value,
+                           self.req_to_token, self.slots, self.seq_lens, self.new_lens, self.rows,
+                           items.to(self.key.device))
+
+    def store_tails(self) -> None:
+        store_extend_tails(self.key, self.value, self.tail_key, self.tail_value, self.slots, self.seq_lens,
+                           self.new_lens, self.rows)
 
 
 def random_store_case(seq_lens: Sequence[int], new_lens: Sequence[int], *, kv_heads: int, head_dim: int, page: int,
