@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from kvtuner_sglang.quant import TensorFormat
-from kvtuner_triton import fragments, reference
+from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
+from kvtuner_triton.decode_case import pack, read
+from kvtuner_triton.layout import Order
 from kvtuner_triton.prefix import PrefixTuning, prefix_attention, prefix_tables
 from kvtuner_triton.unpack import (
     BLOCK,
-    boost_slot,
     stored_tokens,
     unpack_blocks,
     unpack_by_location,
@@ -32,7 +33,6 @@ class PrefixCase:
     formats: tuple[TensorFormat, TensorFormat]
     keys: PackedPages
     values: PackedPages
-    extra: torch.Tensor | None
     tail_key: torch.Tensor | None
     tail_value: torch.Tensor | None
     req_to_token: torch.Tensor
@@ -60,7 +60,7 @@ class PrefixCase:
                     for fmt, x in zip(self.formats, (self.keys, self.values), strict=True))
             return k, v
         ids = place[::size] // size
-        return _read_keys(self.keys, self.extra, ids), _read_values(self.values, ids)
+        return read(self.keys, "keys", ids), read(self.values, "values", ids)
 
     def own(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in full precision from the page of starts[b] on: (kv_heads, tokens, head_dim)."""
@@ -82,7 +82,7 @@ class PrefixCase:
         if self.page is None:
             unpack_by_location(self.keys, self.values, self.req_to_token, blocks, key, value)
         else:
-            unpack_pages(self.keys, self.values, self.extra, self.req_to_token, blocks, key, value)
+            unpack_pages(self.keys, self.values, self.req_to_token, blocks, key, value)
         return key, value
 
     def run(self, tuning: PrefixTuning) -> torch.Tensor:
@@ -135,8 +135,10 @@ def random_prefix_case(spans: Sequence[tuple[int, int]], *, q_heads: int, kv_hea
     counts = [-(-n // page) for n in tokens]
     pages, rows = sum(counts) + 2, sum(ends) - sum(starts)
     bias = 2 * key_spread * normal(1, kv_heads, 1, head_dim)
-    keys, extra = _pack_keys(key_spread * normal(pages, kv_heads, page, head_dim) + bias, formats[0], random)
-    values = _pack_values(value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3), formats[1], per_channel)
+    orders: tuple[Order, Order] = ("keys", "values") if per_channel else ("plain", "plain")
+    weight = normal(pages, kv_heads, head_dim).square()
+    keys = pack(formats[0], orders[0], key_spread * normal(pages, kv_heads, page, head_dim) + bias, weight)
+    values = pack(formats[1], orders[1], value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3))
     order = torch.randperm(pages - 1, generator=random, device=device) + 1
     slots = torch.randperm(batch + 2, generator=random, device=device)[:batch].tolist()
     table = torch.randint(0, 2**30, (batch + 2, max(ends) + page), generator=random, device=device, dtype=torch.int32)
@@ -161,91 +163,6 @@ def random_prefix_case(spans: Sequence[tuple[int, int]], *, q_heads: int, kv_hea
     q.copy_(normal(*q.shape))
     k.copy_(key_spread * normal(*k.shape) + bias[0, :, 0])
     v.copy_(value_spread * normal(*v.shape))
-    return PrefixCase(q, k, v, formats, keys, values, extra, *(tails if per_channel else (None, None)), table, slots,
+    return PrefixCase(q, k, v, formats, keys, values, *(tails if per_channel else (None, None)), table, slots,
                       starts, ends, head_dim**-0.5)
 
-
-def _pack_keys(x: torch.Tensor, fmt: TensorFormat,
-               random: torch.Generator) -> tuple[PackedPages, torch.Tensor | None]:
-    if not fmt.per_channel:
-        return _pack_tokens(x, fmt), None
-    channels = x.transpose(-1, -2)
-    codes, meta = reference.quantize(channels, fmt.bits, symmetric=fmt.symmetric)
-    extra = None
-    if fmt.boosted:
-        chosen = _one_of_each_slot(x.shape[-1], codes.shape[:2], random)[..., None]
-        fine, fine_meta = reference.quantize(channels, 2 * fmt.bits, symmetric=False)
-        codes = torch.where(chosen, fine >> fmt.bits, codes)
-        fine_meta[..., 0] *= -1
-        meta = torch.where(chosen, fine_meta, meta)
-        halves = (fine & 15)[chosen.squeeze(-1)].unflatten(0, (*codes.shape[:2], -1))  # in the order of channels
-        extra = _order_halves(_by_slot(halves, chosen.squeeze(-1)).transpose(-1, -2))
-    elif fmt.symmetric:
-        flip = torch.rand(meta.shape, generator=random, device=x.device) < 0.5
-        meta = torch.where(flip, -meta, meta)
-    codes = fragments.order_keys(codes.transpose(-1, -2), fmt.bits)
-    return PackedPages(fmt.bits, codes.contiguous(), meta.transpose(-1, -2).contiguous()), extra
-
-
-def _pack_values(x: torch.Tensor, fmt: TensorFormat, by_page: bool) -> PackedPages:
-    if not by_page:
-        return _pack_tokens(x, fmt)
-    codes, meta = reference.quantize(x, fmt.bits, symmetric=fmt.symmetric)
-    return PackedPages(fmt.bits, fragments.order_values(codes, fmt.bits).contiguous(), meta.unsqueeze(-2).contiguous())
-
-
-def _pack_tokens(x: torch.Tensor, fmt: TensorFormat) -> PackedPages:
-    return PackedPages(fmt.bits, *reference.encode(fmt, x)[:2])
-
-
-def _slots(head_dim: int, device: torch.device) -> torch.Tensor:
-    return boost_slot.fn(torch.arange(head_dim, device=device), head_dim)
-
-
-def _one_of_each_slot(head_dim: int, lead: torch.Size, random: torch.Generator) -> torch.Tensor:
-    """Random boosted channels: (*lead, head_dim) bool."""
-    draw = torch.rand((*lead, head_dim), generator=random, device=random.device)
-    slots = _slots(head_dim, random.device)
-    best = torch.full((*lead, head_dim // 16), 2.0, device=random.device)
-    best = best.scatter_reduce(-1, slots.expand(draw.shape), draw, "amin")
-    return draw == best.gather(-1, slots.expand(draw.shape))
-
-
-def _by_slot(halves: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """halves (..., slots, page) of the chosen channels, ascending -> in the order of their slots."""
-    slots = _slots(chosen.shape[-1], chosen.device).expand(chosen.shape)[chosen].view(*chosen.shape[:2], -1)
-    return torch.zeros_like(halves).scatter(-2, slots[..., None].expand(halves.shape), halves)
-
-
-def _order_halves(halves: torch.Tensor) -> torch.Tensor:
-    """(..., page, slots) -> (..., page * slots / 2) bytes: unpack.py says where."""
-    x = halves.unflatten(-2, (-1, 4))
-    return torch.stack([x[..., 0, :] | x[..., 1, :] << 4, x[..., 2, :] | x[..., 3, :] << 4], -1).flatten(-3)
-
-
-def _restore_halves(extra: torch.Tensor, slots: int) -> torch.Tensor:
-    x = extra.unflatten(-1, (-1, slots, 2))
-    return torch.stack([x[..., 0] & 15, x[..., 0] >> 4, x[..., 1] & 15, x[..., 1] >> 4], -2).flatten(-3, -2)
-
-
-def _read_keys(keys: PackedPages, extra: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
-    """(n) page ids -> (kv_heads, n * page, head_dim) float64."""
-    codes, meta = fragments.restore_keys(keys.codes[ids], keys.bits).double(), keys.meta[ids].double()
-    scale = meta[:, :, :1]
-    if extra is not None:
-        slots = _slots(codes.shape[-1], codes.device)
-        half = _restore_halves(extra[ids], codes.shape[-1] // 16)[..., slots]
-        codes = torch.where(scale < 0, 16 * codes + half, codes)
-        scale = scale.abs()
-    return _read(codes, scale, meta[:, :, 1:], keys.bits)
-
-
-def _read_values(values: PackedPages, ids: torch.Tensor) -> torch.Tensor:
-    codes, meta = fragments.restore_values(values.codes[ids], values.bits), values.meta[ids].squeeze(-2).double()
-    return _read(codes, meta[..., :1], meta[..., 1:], values.bits)
-
-
-def _read(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """`zero` has no elements where symmetric."""
-    x = codes * scale + zero if zero.numel() else (codes - 2.0 ** (bits - 1)) * scale
-    return x.transpose(0, 1).flatten(1, 2)

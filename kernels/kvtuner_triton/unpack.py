@@ -29,6 +29,7 @@ import triton.language as tl
 from kvtuner_triton.decode import PackedPages
 from kvtuner_triton.decode_portable import load_meta
 from kvtuner_triton.decode_token import load_meta as load_token_meta
+from kvtuner_triton.slots import boost_slot
 
 BLOCK = 64  # tokens of a block of per-token formats
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -79,15 +80,9 @@ def unpack_values(codes, meta, out, D: tl.constexpr, PAGE: tl.constexpr, BITS: t
 
 
 @triton.jit
-def boost_slot(channel, D: tl.constexpr):
-    """Which of the D / 16 slots a channel shares: one channel of each is boosted."""
-    return channel // 64 * 4 + channel % 4
-
-
-@triton.jit
 def halves(extra, channel, boosted, D: tl.constexpr, PAGE: tl.constexpr):
     """Low halves of the codes of boosted channels, 0 of others -> (PAGE, D) int32."""
-    units = extra.to(tl.pointer_type(tl.uint16)) + boost_slot(channel, D)[None, :]
+    units = extra.to(tl.pointer_type(tl.uint16)) + boost_slot(channel)[None, :]
     units += tl.arange(0, PAGE // 4)[:, None] * (D // 16)
     unit = tl.load(units, mask=boosted[None, :], other=0).to(tl.int32)  # one load for four tokens
     half = (unit[:, None, :] >> (4 * tl.arange(0, 4))[None, :, None]) & 15
@@ -183,17 +178,17 @@ def unpack_tokens(codes, meta, at, inside, out, T: tl.constexpr, D: tl.constexpr
     tl.store(out[:, None] + tl.arange(0, D)[None, :], rounded(x, out.dtype.element_ty), mask=inside)
 
 
-def unpack_pages(keys: PackedPages, values: PackedPages, extra: torch.Tensor | None, req_to_token: torch.Tensor,
-                 blocks: torch.Tensor, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+def unpack_pages(keys: PackedPages, values: PackedPages, req_to_token: torch.Tensor, blocks: torch.Tensor,
+                 key_out: torch.Tensor, value_out: torch.Tensor) -> None:
     """Per-channel formats: unpack the pages of `blocks`, from unpack_blocks with size = page, on the device."""
     _, kv_heads, head_dim = key_out.shape
     page = keys.codes.shape[2]
     if len(blocks):
         page_kernel[(len(blocks), kv_heads, 2)](
-            keys.codes, keys.meta, extra, values.codes, values.meta, req_to_token, blocks, key_out, value_out,
+            keys.codes, keys.meta, keys.extra, values.codes, values.meta, req_to_token, blocks, key_out, value_out,
             req_to_token.stride(0), KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=keys.bits,
             KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits, VALUE_META=values.meta.shape[4],
-            BOOST=extra is not None, num_warps=page // 16)
+            BOOST=keys.extra is not None, num_warps=page // 16)
 
 
 def unpack_by_location(keys: PackedPages, values: PackedPages, req_to_token: torch.Tensor, blocks: torch.Tensor,

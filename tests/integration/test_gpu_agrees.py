@@ -1,4 +1,4 @@
-"""32 requests behind kv4 on a GPU: CUDA graphs on and off, cold and warm, alone and 16 at once, kernels and plain torch.
+"""32 requests behind kv4 on a GPU: CUDA graphs on and off, cold and warm, alone and 16 at once, kernels and torch.
 
 bfloat16 rounds keys and values by up to 2^-9 of themselves, so the noise floor is measured with noise of that size: the
 same requests on a server whose keys and values are perturbed by it before they are stored.

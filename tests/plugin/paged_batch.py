@@ -54,6 +54,7 @@ class World:
             token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table),
             server_args=SimpleNamespace(_kvtuner=KvtunerOptions()),
+            device=self.device,
             model_config=SimpleNamespace(num_attention_heads=Q_HEADS),
         )
         self.backend = self.backend_class(runner)

@@ -6,7 +6,6 @@ slot 0, which no request owns, and length 1, and write to tail 0.
 Extend: store the pages that this pass completes, dequantize what its queries may read as stored, attend, keep tails.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from kvtuner_sglang.plugin.attention import noisy, pool_with_tails, refuse_unusu
 from kvtuner_sglang.plugin.extend_pass import ExtendPass, plan_extend
 from kvtuner_sglang.plugin.options import options_of
 from kvtuner_triton import decode_token
-from kvtuner_triton.decode import DecodeBuffers, DecodeWorkspace, PackedPages, decode_attention, default_tuning
+from kvtuner_triton.decode import DecodeWorkspace, PackedPages, decode_attention, default_tuning
 from kvtuner_triton.layout import PackedTensor
 from kvtuner_triton.prefix import prefix_attention, prefix_tuning
 from kvtuner_triton.store import store_decode, store_extend_pages, store_extend_tails
@@ -45,7 +44,8 @@ class FusedBackend(AttentionBackend):
         self.prefix_tuning = prefix_tuning(self.q_heads // self.pool.head_num,
                                            self.pool.page_size if self.per_channel else None, self.pool.dtype)
         self.packed = [(_packed(layer.key), _packed(layer.value)) for layer in self.pool.layers]
-        self.buffers: DecodeBuffers | None = None
+        self.multiprocessors = None if model_runner.device == "cuda" else 1
+        self.largest: DecodeWorkspace | None = None
         self.workspaces: dict[int, DecodeWorkspace] = {}
         self.step: DecodeWorkspace | None = None
         self.extend: ExtendPass | None = None
@@ -115,10 +115,11 @@ class FusedBackend(AttentionBackend):
         if work is None:
             page = self.pool.page_size if self.per_channel else decode_token.BLOCK
             shape = (self.q_heads, self.pool.head_num, self.pool.head_dim)
-            if self.buffers is None or self.buffers.batch < batch:
-                self.buffers = DecodeBuffers(max(batch, EAGER_BATCH), *shape, self.pool.device, self.tuning)
-            work = DecodeWorkspace(batch, *shape, page, self.pool.device, self.tuning, buffers=self.buffers,
-                                   dtype=self.pool.dtype)
+            if self.largest is None or self.largest.batch < batch:
+                self.largest = DecodeWorkspace(max(batch, EAGER_BATCH), *shape, page, self.pool.device, self.tuning,
+                                               self.multiprocessors)
+            work = DecodeWorkspace(batch, *shape, page, self.pool.device, self.tuning, self.multiprocessors,
+                                   buffers=self.largest.buffers)
             self.workspaces[batch] = work
         return work
 

@@ -80,7 +80,8 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     return {
         **_asked(args, scheduler.model_config), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
         "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
-        "pool_class": type(pool).__name__, "attention": attention, "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
+        "pool_class": type(pool).__name__, "attention": attention,
+        "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
         "tokens": scheduler.max_total_num_tokens,
         "pool_bytes": pool_bytes, "tail_bytes": tail_bytes,
