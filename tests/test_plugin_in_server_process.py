@@ -18,7 +18,17 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU te
 @pytest.mark.parametrize("marks", ["not gpu and not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_plugin_inside_sglang(marks):
     environment = {**os.environ, **cpu_server_environment(tp_size=1, ranks_on_host=1, node_rank=0)}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "tests/plugin"]
+    run("tests/plugin", marks, environment)
+
+
+def test_the_fused_backend_inside_sglang_under_tritons_interpreter():
+    environment = {**os.environ, **cpu_server_environment(tp_size=1, ranks_on_host=1, node_rank=0),
+                   "TRITON_INTERPRET": "1"}
+    run("tests/plugin/interpreted", "not gpu and not slow", environment)
+
+
+def run(folder, marks, environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, folder]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     assert " passed" in done.stdout

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kvtuner_sglang.quant import TensorFormat
+from kvtuner_sglang.quant.format import PER_CHANNEL
 from kvtuner_triton import fragments, reference
 from kvtuner_triton.decode import PackedPages
+from kvtuner_triton.layout import Order, boost_slots
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class DecodeCase:
         count = (length - 1) // self.page
         ids = self.req_to_token[slot, :count * self.page:self.page].long() // self.page
         rest = length - count * self.page
-        k = torch.cat([_read_keys(self.keys, ids), self.tail_key[slot, :rest].double().transpose(0, 1)], 1)
-        v = torch.cat([_read_values(self.values, ids), self.tail_value[slot, :rest].double().transpose(0, 1)], 1)
+        k = torch.cat([read(self.keys, "keys", ids), self.tail_key[slot, :rest].double().transpose(0, 1)], 1)
+        v = torch.cat([read(self.values, "values", ids), self.tail_value[slot, :rest].double().transpose(0, 1)], 1)
         return k, v
 
 
@@ -73,8 +75,9 @@ class TokenCase:
 
 
 def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_dim: int, page: int, key_bits: int,
-                value_bits: int, symmetric: tuple[bool, bool] = (False, False), dtype: torch.dtype = torch.bfloat16,
-                key_spread: float = 2.0, value_spread: float = 1.0, seed: int = 0, device: str = "cpu") -> DecodeCase:
+                value_bits: int, symmetric: tuple[bool, bool] = (False, False), boosted: bool = False,
+                dtype: torch.dtype = torch.bfloat16, key_spread: float = 2.0, value_spread: float = 1.0,
+                seed: int = 0, device: str = "cpu") -> DecodeCase:
     """Keys with a bias a channel, as models have; pages in random order; NaN and nonsense wherever nothing may read."""
     random = torch.Generator(device=device).manual_seed(seed)
 
@@ -84,8 +87,11 @@ def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_di
     stored = [(n - 1) // page for n in seq_lens]
     pages, batch = sum(stored) + 3, len(seq_lens)
     bias = 2 * key_spread * normal(1, kv_heads, 1, head_dim)
-    keys = _pack_keys(key_spread * normal(pages, kv_heads, page, head_dim) + bias, key_bits, symmetric[0])
-    values = _pack_values(value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3), value_bits, symmetric[1])
+    weight = torch.rand((pages, kv_heads, head_dim), generator=random, device=device) if boosted else None
+    keys = pack(TensorFormat(key_bits, None, symmetric[0], PER_CHANNEL, boosted), "keys",
+                 key_spread * normal(pages, kv_heads, page, head_dim) + bias, weight)
+    values = pack(TensorFormat(value_bits, None, symmetric[1]), "values",
+                   value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3))
     order = torch.randperm(pages - 1, generator=random, device=device) + 1
     slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
     table = torch.randint(0, 2**30, (batch + 2, (max(stored) + 2) * page), generator=random, device=device,
@@ -160,29 +166,22 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm()).item()
 
 
-def _pack_keys(x: torch.Tensor, bits: int, symmetric: bool) -> PackedPages:
-    codes, meta = reference.quantize(x.transpose(-1, -2), bits, symmetric=symmetric)
-    codes = fragments.order_keys(codes.transpose(-1, -2), bits)
-    return PackedPages(bits, codes.contiguous(), meta.transpose(-1, -2).contiguous())
+def pack(fmt: TensorFormat, order: Order, x: torch.Tensor, weight: torch.Tensor | None = None) -> PackedPages:
+    """Pages x (pages, kv_heads, page, head_dim) as stored; weight as reference.encode takes it."""
+    codes, meta, extra = reference.encode(fmt, x, weight, order)
+    return PackedPages(fmt.bits, codes.contiguous(), meta.contiguous(), extra)
 
 
-def _pack_values(x: torch.Tensor, bits: int, symmetric: bool) -> PackedPages:
-    codes, meta = reference.quantize(x, bits, symmetric=symmetric)
-    return PackedPages(bits, fragments.order_values(codes, bits).contiguous(), meta.unsqueeze(-2).contiguous())
-
-
-def _read_keys(keys: PackedPages, ids: torch.Tensor) -> torch.Tensor:
-    """(n) page ids -> (kv_heads, n * page, head_dim) float64."""
-    codes, meta = fragments.restore_keys(keys.codes[ids], keys.bits), keys.meta[ids].double()
-    return _read(codes, meta[:, :, :1], meta[:, :, 1:], keys.bits)
-
-
-def _read_values(values: PackedPages, ids: torch.Tensor) -> torch.Tensor:
-    codes, meta = fragments.restore_values(values.codes[ids], values.bits), values.meta[ids].squeeze(-2).double()
-    return _read(codes, meta[..., :1], meta[..., 1:], values.bits)
-
-
-def _read(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """`zero` has no elements where symmetric."""
-    x = codes * scale + zero if zero.numel() else (codes - 2.0 ** (bits - 1)) * scale
+def read(packed: PackedPages, order: Order, ids: torch.Tensor) -> torch.Tensor:
+    """(n) page ids -> (kv_heads, n * page, head_dim) float64: what reference.decode says, in more precision."""
+    codes, meta = reference.unpack(packed.codes[ids], packed.bits, order).double(), packed.meta[ids].double()
+    if order == "keys":
+        scale, zero = meta[:, :, :1], meta[:, :, 1:]
+    else:
+        scale, zero = meta[..., 0, :1], meta[..., 0, 1:]
+    if packed.extra is not None:
+        halves = fragments.restore_slots(packed.extra[ids])[..., boost_slots(codes.shape[-1]).to(codes.device)]
+        codes = torch.where(scale < 0, 16 * codes + halves, codes)
+        scale = scale.abs()
+    x = codes * scale + zero if zero.numel() else (codes - 2.0 ** (packed.bits - 1)) * scale
     return x.transpose(0, 1).flatten(1, 2)

@@ -11,7 +11,8 @@ meta (pages, kv_heads, page, groups, 1 or 2) fp16; table = req_to_token (slots, 
 partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2.
 
 Bytes a token and kv head at D = 128, one group: kv8 264, kv4 136, kv2 72.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16, all sums are fp32.
+PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16 unless q is fp32, all sums are
+fp32.
 """
 
 import torch
@@ -54,13 +55,15 @@ def token_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, table, pla
             inside = token < end
             place = tl.load(table + slot * table_stride + token, mask=inside, other=0).to(tl.int64)
             at = (place // PAGE * KV_HEADS + head) * PAGE + place % PAGE
-            k = load_codes(key_codes, at, inside, D, KEY_BITS)
-            v = load_codes(value_codes, at, inside, D, VALUE_BITS)
+            k = load_codes(key_codes, at, inside, D, KEY_BITS).to(q.dtype)
+            v = load_codes(value_codes, at, inside, D, VALUE_BITS).to(q.dtype)
             if KEY_GROUPS == 1:  # the score takes the scale and zero of a token, so that no element is multiplied
                 scale, zero = load_meta(key_meta + at * KEY_META, inside, KEY_BITS, KEY_META)
-                score = tl.dot(q, tl.trans(k)) * scale[None, :] + q_sum[:, None] * zero[None, :]
+                score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale[None, :]
+                score += q_sum[:, None] * zero[None, :]
             else:
-                score = tl.dot(q, tl.trans(multiply_out(k, key_meta, at, inside, D, KEY_BITS, KEY_GROUPS, KEY_META)))
+                k = multiply_out(k, key_meta, at, inside, D, KEY_BITS, KEY_GROUPS, KEY_META)
+                score = tl.dot(q, tl.trans(k), input_precision="ieee")
             score = tl.where(inside[None, :], score * (sm_scale * LOG2_E), float("-inf"))
             new_top = tl.maximum(top, tl.max(score, axis=1))
             alpha = tl.exp2(top - new_top)
@@ -68,11 +71,11 @@ def token_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, table, pla
             o *= alpha[:, None]
             if VALUE_GROUPS == 1:
                 scale, zero = load_meta(value_meta + at * VALUE_META, inside, VALUE_BITS, VALUE_META)
-                weight = (p * scale[None, :]).to(tl.float16)
-                o = tl.dot(weight, v, o) + tl.sum(p * zero[None, :], axis=1)[:, None]
+                weight = (p * scale[None, :]).to(v.dtype)
+                o = tl.dot(weight, v, o, input_precision="ieee") + tl.sum(p * zero[None, :], axis=1)[:, None]
             else:
                 v = multiply_out(v, value_meta, at, inside, D, VALUE_BITS, VALUE_GROUPS, VALUE_META)
-                o = tl.dot(p.to(tl.float16), v, o)
+                o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
             total = total * alpha + tl.sum(p, axis=1)
             top = new_top
         store_partial(partial, lse, row, head, top, total, o, KV_HEADS, GROUP, D, HEADS)
@@ -104,10 +107,10 @@ def load_meta(meta, inside, BITS: tl.constexpr, META: tl.constexpr):
 @triton.jit
 def multiply_out(code, meta, at, inside, D: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
                  META: tl.constexpr):
-    """Codes (T, D) -> x' fp16, with GROUPS scales a token."""
+    """Codes (T, D) -> x' of their dtype, with GROUPS scales a token."""
     group = (at * GROUPS)[:, None] + (tl.arange(0, D) // (D // GROUPS))[None, :]
     scale, zero = load_meta(meta + group * META, inside[:, None], BITS, META)
-    return (code.to(tl.float32) * scale + zero).to(tl.float16)
+    return (code.to(tl.float32) * scale + zero).to(code.dtype)
 
 
 def decode_token_attention(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, values: PackedPages,

@@ -1,27 +1,36 @@
-"""Store new keys and values, one launch a layer: quantize and pack complete pages, keep the page in progress.
+"""Store new keys and values: quantize and pack complete pages, keep the page in progress.
+
+Decoding does both in one launch a layer.  An extend takes two, since attention comes between them: it reads the new
+pages as stored (unpack.py), and the page in progress as it was before (prefix.py).
 
 Bit for bit what reference.py and fragments.py give on a CPU.  With low, high over a group (keys: a channel of the page;
 values: a token), all in fp32:
 
     zero = fp16(low), scale = fp16((high - low) / top),  code = clamp(floor((x - zero) / scale + 1/2), 0, top)
 
-and the symmetric form of reference.py.  No product feeds a sum here, so there is nothing to contract, and every
-quotient d / s is rounded as IEEE says, in three instructions instead of eleven: q = d r with r about 1 / s, then
-q + r (d - q s) in two FMAs.  s has at most 11 bits (an fp16, or top), so d - q s is exact, and a quotient of 24 by 11
-bits stays 2^-12 ulp away from where rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small
-that this fails, adding 1/2 forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing,
-and may differ from torch on a CPU by a bit.)
+and the symmetric form of reference.py, whose scale, far / -2^(b-1), is exact until rounded to fp16.  Of boosted keys
+top is 255 in the channel of each slot with the largest w (high - low)^2, and 15 in the others; w is the sum of q^2 over
+the kv head's query heads at the page's last position, which is new whenever a page is completed.
+
+Nothing but w is a sum of products, and its order is free, so there is nothing to contract, and every quotient d / s is
+rounded as IEEE says, in three instructions instead of eleven: q = d r with r about 1 / s, then q + r (d - q s) in two
+FMAs.  s has at most 11 bits (an fp16, or top), so d - q s is exact, and a quotient of 24 by 11 bits stays 2^-12 ulp
+away from where rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small that this fails, adding
+1/2 forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing, and may differ from torch
+on a CPU by a bit.)
 
 Request b has new tokens at positions seq_lens[b] - new .. seq_lens[b] - 1, rows rows[b] .. of key and value.  Each page
 they complete is one item, quantized from the rows and, for the first, from the slot's tail; the page of the last token
-is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item touches
-its tail, first reading, then writing.  Decoding: one new token, one item a request, so the grid depends on the batch
-alone; padded requests have slot 0 and length 1 and write to tail 0.
+is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item reads
+its tail.  Decoding: one new token, one item a request, which reads the tail, then writes it, so the grid depends on the
+batch alone; padded requests have slot 0 and length 1 and write to tail 0.
 
-    key, value (tokens, kv_heads, D), rows strided       table = req_to_token (slots, table_stride) int32
-    codes, meta as layout.py has them, codes in fragment order        tail_key, tail_value (slots, PAGE, kv_heads, D)
+    key, value (tokens, kv_heads, D), q (tokens, q_heads, D), rows strided, 16 bit or fp32; q only for boosted keys
+    codes, meta, extra as layout.py has them, codes in fragment order, extra in that of slots
+    tail_key, tail_value (slots, PAGE, kv_heads, D)       table = req_to_token (slots, table_stride) int32
 
-Bytes a token and kv head at D = 128, PAGE = 64: 512 read; kv8 268, kv4 140, kv2 76 written.
+Bytes a token and kv head at D = 128, PAGE = 64: 512 read; kv8 268, kv4 140 (boosted, symmetric values 142), kv2 76
+written.
 """
 
 from collections.abc import Sequence
@@ -31,6 +40,7 @@ import triton
 import triton.language as tl
 
 from kvtuner_triton.decode import PackedPages
+from kvtuner_triton.slots import boost_slot
 
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no fused multiply-add
 FP16_MAX = tl.constexpr(65504.0)
@@ -38,41 +48,57 @@ FP16_MAX = tl.constexpr(65504.0)
 
 @triton.jit(do_not_specialize=["table_stride"])
 def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, slots, seq_lens,
-                new_lens, rows, items, key_stride, value_stride, table_stride, KV_HEADS: tl.constexpr,
-                D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, KEY_META: tl.constexpr,
-                VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr):
-    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values."""
+                new_lens, rows, items, key_stride, value_stride, table_stride, q, key_extra, q_stride,
+                KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr,
+                KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr,
+                PAGES: tl.constexpr, TAILS: tl.constexpr, GROUP: tl.constexpr):
+    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values.
+
+    PAGES: store complete pages; TAILS: keep the page in progress, after reading it where both are done.
+    GROUP: query heads a kv head, 0 if keys are not boosted; q and key_extra are None then.
+    """
     head = tl.program_id(1)
+    b = tl.program_id(0)
+    number = 0
     if DECODE:
-        b = tl.program_id(0)
-        number = 0
         end = tl.load(seq_lens + b).to(tl.int32)
         start = end - 1
         row = b
     else:
-        b = tl.load(items + 2 * tl.program_id(0))
-        number = tl.load(items + 2 * tl.program_id(0) + 1)
+        if PAGES:
+            number = tl.load(items + 2 * b + 1)
+            b = tl.load(items + 2 * b)
         end = tl.load(seq_lens + b).to(tl.int32)
         start = end - tl.load(new_lens + b).to(tl.int32)
         row = tl.load(rows + b).to(tl.int32)
     slot = tl.load(slots + b).to(tl.int64)
     first = (start // PAGE + number) * PAGE
-    page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
-    at = page * KV_HEADS + head
+    if PAGES:
+        page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
+        at = page * KV_HEADS + head
     row = row.to(tl.int64) - start  # of position 0
     if tl.program_id(2) == 0:
         new, tail = key + head * D, tail_key + (slot * PAGE * KV_HEADS + head) * D
-        if first + PAGE <= end:
-            store_keys(new, row, key_stride, tail, start, first, key_codes + at * (PAGE * D * KEY_BITS // 8),
-                       key_meta + at * (D * KEY_META), KV_HEADS, D, PAGE, KEY_BITS, KEY_META)
-        if number == 0:
+        if PAGES:  # noqa: SIM102 - decided when compiling
+            if first + PAGE <= end:
+                codes, meta = key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META)
+                if GROUP > 0:
+                    query = q + (row + first + PAGE - 1) * q_stride + head * (GROUP * D)
+                    store_boosted_keys(new, row, key_stride, tail, start, first, codes, meta, query,
+                                       key_extra + at * (PAGE * D // 32), KV_HEADS, D, PAGE, GROUP)
+                else:
+                    store_keys(new, row, key_stride, tail, start, first, codes, meta, KV_HEADS, D, PAGE, KEY_BITS,
+                               KEY_META)
+        if TAILS:
             keep_page(new, row, key_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
     else:
         new, tail = value + head * D, tail_value + (slot * PAGE * KV_HEADS + head) * D
-        if first + PAGE <= end:
-            store_values(new, row, value_stride, tail, start, first, value_codes + at * (PAGE * D * VALUE_BITS // 8),
-                         value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
-        if number == 0:
+        if PAGES:  # noqa: SIM102 - decided when compiling
+            if first + PAGE <= end:
+                store_values(new, row, value_stride, tail, start, first,
+                             value_codes + at * (PAGE * D * VALUE_BITS // 8), value_meta + at * (PAGE * VALUE_META),
+                             KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
+        if TAILS:
             keep_page(new, row, value_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
 
 
@@ -80,15 +106,62 @@ def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_k
 def store_keys(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
                PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
     """Page of positions first .. first + PAGE - 1: one scale a channel."""
-    PER: tl.constexpr = 8 // BITS
     channel = tl.arange(0, D)
     x = load_tokens(new, row, stride, tail, start, first, tl.arange(0, PAGE), KV_HEADS, D).to(tl.float32)
     scale, zero = scale_and_zero(tl.min(x, axis=0), tl.max(x, axis=0), BITS, META)
     tl.store(meta + channel, scale.to(tl.float16))
     if META == 2:
         tl.store(meta + D + channel, zero.to(tl.float16))
-    code = quantize(x, scale[None, :], zero[None, :], BITS, META)
-    code = code << (channel % (D // 4) // 2 % PER * BITS)[None, :]
+    store_key_codes(codes, quantize(x, scale[None, :], zero[None, :], BITS, META), D, PAGE, BITS)
+
+
+@triton.jit
+def store_boosted_keys(new, row, stride, tail, start, first, codes, meta, query, extra, KV_HEADS: tl.constexpr,
+                       D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr):
+    """The same with four bits, and eight in one channel of each slot. query: (GROUP, D) at the page's last position."""
+    channel, token = tl.arange(0, D), tl.arange(0, PAGE)
+    x = load_tokens(new, row, stride, tail, start, first, token, KV_HEADS, D).to(tl.float32)
+    low = tl.min(x, axis=0)
+    span = tl.max(x, axis=0) - low
+    weight = tl.zeros_like(low)
+    for g in tl.static_range(GROUP):
+        y = tl.load(query + g * D + channel).to(tl.float32)
+        weight += y * y
+    best = most_important(weight * (span * span), D)
+    boosted = tl.max((channel[:, None] == best[None, :]).to(tl.int32), axis=1) > 0
+    top = tl.where(boosted, 255.0, 15.0)
+    scale, zero = to_fp16(divide(span, top)), to_fp16(low)
+    mark = tl.where(boosted, 0x8000, 0)  # set as a bit: -0 marks, too
+    tl.store(meta + channel, (scale.to(tl.float16).to(tl.int16, bitcast=True) | mark.to(tl.int16)).to(
+        tl.float16, bitcast=True))
+    tl.store(meta + D + channel, zero.to(tl.float16))
+    code = quantize_up_to(x, scale[None, :], zero[None, :], top[None, :])
+    store_key_codes(codes, tl.where(boosted[None, :], code >> 4, code), D, PAGE, 4)
+    # Their second halves: to read and quantize 1/16 of the page again costs less than to pick columns out of it.
+    x = load_channels(new, row, stride, tail, start, first, token, best, KV_HEADS, D).to(tl.float32)
+    low = tl.min(x, axis=0)
+    scale, zero = to_fp16(divide(tl.max(x, axis=0) - low, tl.full(low.shape, 255.0, tl.float32))), to_fp16(low)
+    half = quantize(x, scale[None, :], zero[None, :], 8, 2) & 15
+    half = half << (token % 4 * 4)[:, None]
+    unit = tl.sum(tl.reshape(half, [PAGE // 4, 4, D // 16]), axis=1)
+    at = tl.arange(0, PAGE // 4)[:, None] * (D // 16) + tl.arange(0, D // 16)[None, :]
+    tl.store(extra.to(tl.pointer_type(tl.int16)) + at, unit.to(tl.int16))
+
+
+@triton.jit
+def most_important(importance, D: tl.constexpr):
+    """The channel of each slot (D / 16) with the largest importance (D), the lower at a tie; slots as in layout.py."""
+    channel = tl.arange(0, D)
+    slot = boost_slot(channel)
+    mine = slot[:, None] == tl.arange(0, D // 16)[None, :]
+    return tl.argmax(tl.where(mine, importance[:, None], -1.0), axis=0, tie_break_left=True)
+
+
+@triton.jit
+def store_key_codes(codes, code, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr):
+    """Codes (PAGE, D) int32 of keys, one an element, to a page in fragment order."""
+    PER: tl.constexpr = 8 // BITS
+    code = code << (tl.arange(0, D) % (D // 4) // 2 % PER * BITS)[None, :]
     byte = tl.reshape(code, [PAGE // 32, 8, 2, 2, 4, D // 8 // PER, PER, 2])  # tile, g, m, half | t, u // per, f, e
     byte = tl.permute(tl.sum(byte, axis=6), (0, 5, 2, 1, 4, 6, 3))  # tile, u // per, m, g, t, e, half
     store_bytes(codes, byte, PAGE * D * BITS // 8)
@@ -133,7 +206,13 @@ def value_codes(x, meta, BITS: tl.constexpr, META: tl.constexpr):
 @triton.jit
 def load_tokens(new, row, stride, tail, start, first, token, KV_HEADS: tl.constexpr, D: tl.constexpr):
     """Tokens `token` of the page at position `first` -> (tokens, D): from `start` on new, before from the tail."""
-    channel = tl.arange(0, D)[None, :]
+    return load_channels(new, row, stride, tail, start, first, token, tl.arange(0, D), KV_HEADS, D)
+
+
+@triton.jit
+def load_channels(new, row, stride, tail, start, first, token, channel, KV_HEADS: tl.constexpr, D: tl.constexpr):
+    """The same of some channels -> (tokens, channels)."""
+    channel = channel[None, :]
     new += ((row + first + token) * stride)[:, None] + channel
     if first >= start:
         x = tl.load(new)
@@ -162,11 +241,11 @@ def keep_page(new, row, stride, tail, start, end, KV_HEADS: tl.constexpr, D: tl.
 
 @triton.jit
 def scale_and_zero(low, high, BITS: tl.constexpr, META: tl.constexpr):
-    """Scale and zero of groups, rounded to fp16; META = 1: symmetric, zero is 0."""
+    """Scale and zero of groups, rounded to fp16; META = 1: symmetric, the scale has a sign and zero is 0."""
     if META == 2:
         return to_fp16(divide(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32))), to_fp16(low)
-    scale = divide(tl.maximum(high, -low), tl.full(low.shape, (1 << (BITS - 1)) - 1, tl.float32))
-    return to_fp16(scale), tl.zeros_like(scale)
+    far = tl.where(high >= -low, high, low)
+    return to_fp16(far * (-1.0 / (1 << (BITS - 1)))), tl.zeros_like(far)
 
 
 @triton.jit
@@ -187,12 +266,17 @@ def divide(d, s):
 @triton.jit
 def quantize(x, scale, zero, BITS: tl.constexpr, META: tl.constexpr):
     """Codes int32 of x fp32; scale and zero broadcast to it. A scale of zero: code 0, or the middle if symmetric."""
-    steps = divide(x - zero, tl.where(scale > 0, scale, 1.0)) + 0.5
-    if META == 2:  # what is not negative need not be floored: conversion does
-        top = tl.where(scale > 0, (1 << BITS) - 1.0, 0.0)
-        return tl.minimum(tl.maximum(steps, 0.0), top).to(tl.int32)
-    steps = tl.floor(steps) + (1 << (BITS - 1))
+    if META == 2:
+        return quantize_up_to(x, scale, zero, (1 << BITS) - 1.0)
+    steps = tl.floor(divide(x, tl.where(scale != 0, scale, 1.0)) + 0.5) + (1 << (BITS - 1))
     return tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+
+
+@triton.jit
+def quantize_up_to(x, scale, zero, top):
+    """Asymmetric codes 0 .. top; what is not negative need not be floored: conversion does."""
+    steps = divide(x - zero, tl.where(scale > 0, scale, 1.0)) + 0.5
+    return tl.minimum(tl.maximum(steps, 0.0), tl.where(scale > 0, top, 0.0)).to(tl.int32)
 
 
 @triton.jit
@@ -206,34 +290,58 @@ def store_bytes(codes, byte, SIZE: tl.constexpr):
 
 def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                  tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor) -> None:
-    """Store the one new token of each request, key and value (batch, kv_heads, D); seq_lens count it."""
-    _launch(len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens)
+                 seq_lens: torch.Tensor, q: torch.Tensor | None = None) -> None:
+    """Store the one new token of each request, key and value (batch, kv_heads, D); seq_lens count it.
+
+    q: (batch, q_heads, D), needed if keys are boosted.
+    """
+    _launch(len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
 
 
-def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
-                 tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
-                 warps: int | None = None) -> None:
-    """Store new_lens[b] tokens of each request, rows[b] .. of key and value; items from extend_items."""
-    _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens, rows,
-            items, warps)
+def store_extend_pages(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+                       tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
+                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor,
+                       items: torch.Tensor, q: torch.Tensor | None = None, warps: int | None = None) -> None:
+    """Store the pages that new_lens[b] tokens, rows[b] .. of key and value, complete; items from extend_items.
+
+    q: (tokens, q_heads, D), rows as those of key; needed if keys are boosted.
+    """
+    if len(items):
+        _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens,
+                rows, items, warps, q)
+
+
+def store_extend_tails(key: torch.Tensor, value: torch.Tensor, tail_key: torch.Tensor, tail_value: torch.Tensor,
+                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor,
+                       rows: torch.Tensor) -> None:
+    """Keep each request's page in progress: the new ones among its tokens, rows of key and value."""
+    _, page, kv_heads, head_dim = tail_key.shape
+    page_kernel[(len(slots), kv_heads, 2)](
+        key, value, None, None, None, None, tail_key, tail_value, None, slots, seq_lens, new_lens, rows, None,
+        key.stride(0), value.stride(0), 0, None, None, 0, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=0,
+        KEY_META=0, VALUE_BITS=0, VALUE_META=0, DECODE=False, PAGES=False, TAILS=True, GROUP=0)
 
 
 def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> torch.Tensor:
-    """(items, 2) int32: request, and number of a page that it completes counted from its first; one at least."""
+    """(items, 2) int32: request, and number of a page that it completes counted from its first; maybe none."""
     items = [(b, i) for b, (end, new) in enumerate(zip(seq_lens, new_lens, strict=True))
-             for i in range(max(1, end // page - (end - new) // page))]
-    return torch.tensor(items, dtype=torch.int32)
+             for i in range(end // page - (end - new) // page)]
+    return torch.tensor(items, dtype=torch.int32).view(-1, 2)
 
 
 def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
             tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
             seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None, rows: torch.Tensor | None = None,
-            items: torch.Tensor | None = None, warps: int | None = None) -> None:
+            items: torch.Tensor | None = None, warps: int | None = None, q: torch.Tensor | None = None) -> None:
     _, page, kv_heads, head_dim = tail_key.shape
+    group, q_stride = 0, 0
+    if keys.extra is not None:
+        if q is None:
+            raise ValueError("boosted keys need the queries of the new tokens")
+        group, q_stride = q.shape[1] // kv_heads, q.stride(0)
     page_kernel[(count, kv_heads, 2)](
         key, value, keys.codes, keys.meta, values.codes, values.meta, tail_key, tail_value, req_to_token, slots,
-        seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0), KV_HEADS=kv_heads,
-        D=head_dim, PAGE=page, KEY_BITS=keys.bits, KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits,
-        VALUE_META=values.meta.shape[4], DECODE=items is None, num_warps=warps or page // 16)
+        seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0),
+        q if group else None, keys.extra, q_stride, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=keys.bits,
+        KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits, VALUE_META=values.meta.shape[4], DECODE=items is None,
+        PAGES=True, TAILS=items is None, GROUP=group, num_warps=warps or page // 16)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from kvtuner_triton.decode import PackedPages
-from kvtuner_triton.store import extend_items, store_decode, store_extend
+from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
 from kvtuner_triton.store_case import CONTENTS, expected, random_store_case
 from kvtuner_triton.store_token import store_by_location
 from kvtuner_triton.timing import ceilings, graph_times
@@ -66,8 +66,9 @@ class Prefill(Layers):
 
     def run(self, warps: int | None = None) -> None:
         for layer in zip(self.key, self.value, self.keys, self.values, strict=True):
-            store_extend(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
-                         self.items, warps)
+            store_extend_pages(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
+                               self.items, warps)
+            store_extend_tails(*layer[:2], *self.tails, self.slots, self.lengths, self.lengths, self.rows)
 
 
 class Step(Layers):

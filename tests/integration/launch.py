@@ -84,22 +84,20 @@ def nodes(
     launch: Sequence[str] = LAUNCH,
     environments: Sequence[dict[str, str]] | None = None,
     arguments: Sequence[str] = tuple(cpu_server_arguments()),
+    device: Sequence[str] = ("--device", "cpu", "--dtype", "float32"),
 ) -> Iterator[list[Node]]:
     """One launcher per entry of `flags`, in sessions of their own; whatever is left of them is killed at the end."""
     started: list[Node] = []
     try:
         for rank, words in enumerate(flags):
             port, log = free_port(), log_dir / f"node{rank}.log"
-            environment = cpu_server_environment(tp, tp * len(flags), rank)
+            environment = cpu_server_environment(tp, tp * len(flags), rank) if "cpu" in device else {}
             extra = environments[rank] if environments else {}
             command = [
                 *launch,
                 "--model-path",
                 str(model),
-                "--device",
-                "cpu",
-                "--dtype",
-                "float32",
+                *device,
                 "--port",
                 str(port),
                 *arguments,

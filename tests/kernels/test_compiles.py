@@ -1,41 +1,111 @@
-"""The Gluon kernel compiles for Hopper without a GPU.
+"""The kernels compile for Hopper without a GPU.
 
-That is more than syntax: every layout conversion in it asserts that no data moves between lanes (hopper_operands.py),
-so a wrong fragment order does not compile.
+For the Gluon kernel that is more than syntax: every layout conversion in it asserts that no data moves between lanes
+(hopper_operands.py), so a wrong fragment order does not compile.
 """
 
 import subprocess
 import sys
 
+import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from kvtuner_triton import store, unpack
 from kvtuner_triton.decode_hopper import decode_kernel
+from kvtuner_triton.prefix import PrefixTuning, prefix_kernel, prefix_tuning
 
 SHAPES = ((4, 4, 128, 64, 64), (8, 2, 64, 128, 32))  # key bits, value bits, head_dim, page, tokens a step
+FORMATS = ((4, 4, 128, 64, True), (4, 8, 64, 128, True), (2, 4, 128, 128, False))  # as above; boosted
+TILES = ((4, 64, 128, "bf16"), (7, 64, 128, "bf16"), (1, 128, 64, "fp16"), (2, 0, 128, "bf16"), (1, 64, 128, "fp32"))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def ptx_for_hopper(key_bits: int, value_bits: int, head_dim: int, page: int, step: int) -> str:
+def ptx_for_hopper(kernel, constants: dict, types: dict[str, str], warps: int, stages: int = 2,
+                   source: type = ASTSource) -> str:
+    """types: of what is not a constant nor *i32; pointers and the strides of rows are multiples of 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if signature[name].startswith("*") or (name.endswith("_stride") and name != "table_stride")}
+    options = {"num_warps": warps, "num_stages": stages}
+    return compile_kernel(source(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32),
+                          options=options).asm["ptx"]
+
+
+def typed(**names: str) -> dict[str, str]:
+    """typed(u8="a b") = {"a": "*u8", "b": "*u8"}; i32 and fp32 scalars are written i32_, fp32_."""
+    return {name: kind[:-1] if kind.endswith("_") else f"*{kind}" for kind, x in names.items() for name in x.split()}
+
+
+def decode_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, step: int) -> str:
     constants = {"KV_HEADS": 4, "GROUP": 7, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits,
                  "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "T": step, "STAGES": 2, "OVERLAP": False}
-    types = {"q_ptr": "*bf16", "tail_key": "*bf16", "tail_value": "*bf16", "partial": "*fp32", "lse": "*fp32",
-             "sm_scale": "fp32", "batch": "i32", "table_stride": "i32"}
-    names = decode_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = GluonASTSource(decode_kernel, signature, constants, aligned)
-    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+    types = typed(bf16="q_ptr tail_key tail_value", fp32="partial lse", fp32_="sm_scale", i32_="batch table_stride")
+    return ptx_for_hopper(decode_kernel, constants, types, 1, source=GluonASTSource)
 
 
-def test_the_fragment_kernel_compiles_for_hopper():
+def store_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, half: str) -> str:
+    """half: "pages" or "tails" of an extend, or "decode", which does both."""
+    constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
+                 "VALUE_BITS": value_bits, "VALUE_META": 1, "DECODE": half == "decode", "PAGES": half != "tails",
+                 "TAILS": half != "pages"}
+    packed = ("key_codes", "key_meta", "value_codes", "value_meta", "table")
+    if half != "pages":
+        constants |= dict.fromkeys(("items", *(packed if half == "tails" else ("new_lens", "rows"))))
+    types = typed(bf16="key value tail_key tail_value", u8="key_codes value_codes", fp16="key_meta value_meta",
+                  i64="slots seq_lens", i32_="key_stride value_stride table_stride")
+    return ptx_for_hopper(store.page_kernel, constants, types, page // 16)
+
+
+UNPACKED = typed(bf16="key_out value_out", u8="key_codes value_codes extra", fp16="key_meta value_meta",
+                 i32_="table_stride")
+
+
+def unpack_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, boost: bool) -> str:
+    constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
+                 "VALUE_BITS": value_bits, "VALUE_META": 1, "BOOST": boost} | ({} if boost else {"extra": None})
+    return ptx_for_hopper(unpack.page_kernel, constants, UNPACKED, page // 16)
+
+
+def unpack_token_ptx(key_bits: int, value_bits: int, head_dim: int, page: int) -> str:
+    constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_GROUPS": 1, "KEY_META": 2,
+                 "VALUE_BITS": value_bits, "VALUE_GROUPS": 2, "VALUE_META": 1, "T": unpack.BLOCK}
+    return ptx_for_hopper(unpack.token_kernel, constants, UNPACKED, 4)
+
+
+def prefix_ptx(group: int, page: int, head_dim: int, dtype: str) -> str:
+    tuning: PrefixTuning = prefix_tuning(group, page or None, DTYPES[dtype])
+    constants = {"KV_HEADS": 4, "GROUP": group, "D": head_dim, "PAGE": page, "TOKENS": tuning.tokens,
+                 "PACK": tuning.heads, "N": tuning.columns} | ({} if page else {"tail_key": None, "tail_value": None})
+    types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "tail_key", "tail_value", "scratch_key",
+                                            "scratch_value")}
+    types |= typed(i32_="q_stride k_stride v_stride out_stride", fp32_="log2_scale")
+    return ptx_for_hopper(prefix_kernel, constants, types, tuning.warps, tuning.stages)
+
+
+def test_the_kernels_compile_for_hopper():
     """In a process of its own: when one that compiled ends, the compiler's bindings print pages about themselves."""
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
 
 
 if __name__ == "__main__":
     for shape in SHAPES:
-        ptx = ptx_for_hopper(*shape)
+        ptx = decode_ptx(*shape)
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert ".local" not in ptx  # no array of a lane's lives in memory
+    for part in ("pages", "tails", "decode"):
+        store_ptx(4, 8, 128, 64, part)
+    for fmt in FORMATS:
+        ptx = unpack_ptx(*fmt)
+        assert "ld.global.v4.b32" in ptx  # codes, 16 bytes a lane
+        assert "st.global.v4.b32" in ptx
+    for bits in ((4, 4), (8, 2)):
+        unpack_token_ptx(*bits, 128, 1)
+    for tile in TILES:
+        ptx = prefix_ptx(*tile)
+        assert ("wgmma.mma_async" in ptx) == (tile[-1] != "fp32")
+        assert "cp.async" in ptx or tile[-1] == "fp32"  # loads run ahead

@@ -29,7 +29,7 @@ def state_of(config: RunConfig, tokens: int, dtype: str = "float32", kv_gib: flo
     bytes_per_token = KVShape(3, 64, itemsize, 1).bytes_per_token(plan)
     ranks = [
         {"rank": rank, "tp_rank": 0, "pp_rank": rank, "node_rank": rank, "pid": os.getpid(),
-         "host": socket.gethostname(), "device": "cpu", "pool_class": "PackedKVPool",
+         "host": socket.gethostname(), "device": "cpu", "attention": "reference", "pool_class": "PackedKVPool",
          "layers": [15 * rank, 15 * rank + 15], "kv_heads": 3, "head_dim": 64, "dtype": dtype, "page_size": 1,
          "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token), "tail_bytes": 0}
         for rank in range(2)

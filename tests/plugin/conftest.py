@@ -9,4 +9,4 @@ import os
 import torch
 
 IN_SERVER_PROCESS = torch.cuda.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
-collect_ignore_glob = [] if IN_SERVER_PROCESS else ["test_*.py"]
+collect_ignore_glob = [] if IN_SERVER_PROCESS else ["test_*.py", "interpreted"]

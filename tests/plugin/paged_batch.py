@@ -31,6 +31,9 @@ class World:
     pages: int = 64
     slots: int = 6
     max_tokens: int = 512
+    backend_class: type = ReferenceBackend
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     free_pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -38,21 +41,23 @@ class World:
         self.pool = PackedKVPool(
             size,
             page_size=self.page_size,
-            dtype=torch.float32,
+            dtype=self.dtype,
             head_num=KV_HEADS,
             head_dim=HEAD_DIM,
             layer_num=1,
-            device="cpu",
+            device=self.device,
             enable_memory_saver=False,
             plan=[self.fmt],
         )
-        self.table = torch.zeros(self.slots, self.max_tokens, dtype=torch.int32)
+        self.table = torch.zeros(self.slots, self.max_tokens, dtype=torch.int32, device=self.device)
         runner = SimpleNamespace(
             token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table),
             server_args=SimpleNamespace(_kvtuner=KvtunerOptions()),
+            device=self.device,
+            model_config=SimpleNamespace(num_attention_heads=Q_HEADS),
         )
-        self.backend = ReferenceBackend(runner)
+        self.backend = self.backend_class(runner)
         self.free_pages = list(range(1, self.pages))
 
     def place(self, slot: int, start: int, end: int) -> torch.Tensor:
@@ -78,13 +83,17 @@ class World:
         locations = torch.cat([self.table[slot, start:end].long() for slot, start, end in spans])
         batch = SimpleNamespace(
             forward_mode=mode,
+            batch_size=len(spans),
             out_cache_loc=locations,
-            seq_lens=torch.tensor([end for _, _, end in spans]),
-            req_pool_indices=torch.tensor([slot for slot, _, _ in spans]),
+            seq_lens=torch.tensor([end for _, _, end in spans], device=self.device),
+            req_pool_indices=torch.tensor([slot for slot, _, _ in spans], device=self.device),
             extend_prefix_lens=torch.tensor([start for _, start, _ in spans]),
+            extend_prefix_lens_cpu=[start for _, start, _ in spans],
+            extend_seq_lens_cpu=[end - start for _, start, end in spans],
         )
         self.backend.init_forward_metadata(batch)
-        out = self.backend.forward_extend(q.flatten(1), k.flatten(1), v.flatten(1), LAYER, batch)
+        forward = self.backend.forward_decode if decode else self.backend.forward_extend
+        out = forward(q.flatten(1), k.flatten(1), v.flatten(1), LAYER, batch)
         return out.view(-1, Q_HEADS, HEAD_DIM)
 
 

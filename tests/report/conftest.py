@@ -41,7 +41,7 @@ def state_of(config: RunConfig, host: str) -> dict[str, Any]:
         ranks.append({
             "rank": rank, "tp_rank": rank % dist.tp, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
             "pid": 4000 + rank, "host": host, "device": "cpu",
-            "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
+            "attention": "reference", "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
             "layers": [pp_rank * layers, (pp_rank + 1) * layers], "kv_heads": 3, "head_dim": 64, "dtype": "float32",
             "page_size": 1, "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token), "tail_bytes": 0,
         })

@@ -27,7 +27,8 @@ def truth(config: RunConfig) -> dict[str, Any]:
         tokens = (int(config.server.kv_gib * GIB // (per_token * page)) - 1) * page
         ranks.append({
             "rank": rank, "tp_rank": tp_rank, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
-            "pid": 100 + rank, "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
+            "pid": 100 + rank, "attention": "reference",
+            "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
             "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "page_size": page, "tokens": tokens,
             "pool_bytes": int(per_token * (tokens + page)), "tail_bytes": 0, "bytes_per_token": per_token,
             "enabled": config.quant.enabled, "plan_hash": format_hash(plan), "kv_gib": config.server.kv_gib,

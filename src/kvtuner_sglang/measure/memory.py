@@ -45,8 +45,8 @@ def _rank_record(rank: Mapping[str, Any], config: RunConfig) -> RankRecord:
     """Bytes per token by formula and as allocated: the pool holds one page more than it offers, for padding."""
     shape = KVShape(rank["kv_heads"], rank["head_dim"], ITEMSIZE[rank["dtype"]], rank["page_size"])
     layers = rank["layers"][1] - rank["layers"][0]
-    kept = ("rank", "tp_rank", "pp_rank", "node_rank", "host", "pid", "device", "pool_class", "kv_heads", "tokens",
-            "pool_bytes", "tail_bytes")
+    kept = ("rank", "tp_rank", "pp_rank", "node_rank", "host", "pid", "device", "pool_class", "attention", "kv_heads",
+            "tokens", "pool_bytes", "tail_bytes")
     return RankRecord(
         **{name: rank[name] for name in kept},
         layers=(rank["layers"][0], rank["layers"][1]),

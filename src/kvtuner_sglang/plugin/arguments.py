@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvtuner_sglang.errors import ConfigError, UserError
+from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_without_kernels
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
         logger.warning("kvtuner: --max-running-requests is not set; each running request keeps a page in full "
                        "precision, so it is limited to %d.", requests)
         changes["max_running_requests"] = requests
-    if not on_cpu:
-        logger.warning("kvtuner: the reference backend cannot be captured, so CUDA graphs are off.")
+    if choose_attention(options.kvtuner_attention, on_cpu) == "fused":
+        changes["cuda_graph_backend_prefill"] = "disabled"
+    elif not on_cpu:
+        logger.warning("kvtuner: the reference attention cannot be captured, so CUDA graphs are off.")
         changes |= dict.fromkeys(GRAPH_ARGUMENTS, "disabled")
     return {**kwargs, **changes}
 
@@ -115,6 +118,8 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
         raise ConfigError(f"architecture {architectures[0]} is not covered by a test with quantized keys and values: "
                           f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}, or --enable-kvtuner-quant=False.")
     options.kv_format().check(config.head_dim)
+    if choose_attention(options.kvtuner_attention, server_args.device == "cpu") == "fused":
+        refuse_without_kernels(options.kv_format(), config.head_dim)
     heads = config.num_attention_heads
     if server_args.device != "cpu" and heads % server_args.tp_size:
         raise ConfigError(f"--tp-size {server_args.tp_size} does not divide the model's {heads} query heads: "

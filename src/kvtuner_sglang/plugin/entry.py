@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from kvtuner_sglang.plugin import arguments, heartbeat, logits_file
+from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.plugin.options import add_cli_flags, options_of
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 
@@ -86,6 +87,11 @@ def register() -> None:
 
 
 def _create_backend(model_runner: Any) -> Any:
+    options = options_of(model_runner.server_args)
+    if choose_attention(options.kvtuner_attention, model_runner.device == "cpu") == "fused":
+        from kvtuner_sglang.plugin.fused_backend import FusedBackend
+
+        return FusedBackend(model_runner)
     from kvtuner_sglang.plugin.reference_backend import ReferenceBackend
 
     return ReferenceBackend(model_runner)

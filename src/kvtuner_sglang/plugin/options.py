@@ -7,9 +7,10 @@ Names are those of the earlier KVTuner adapter for SGLang.  The same names, with
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.quant import KVFormat, TensorFormat, kv_format, uniform_plan
 
 KEYWORD_PREFIXES = ("enable_kvtuner_", "kvtuner_")
@@ -29,6 +30,7 @@ class KvtunerOptions:
     kvtuner_key_boost: bool | None = None
     kvtuner_residual_length: int = 0
     kvtuner_kv_gib: float | None = None
+    kvtuner_attention: Attention = "auto"
     kvtuner_heartbeat_dir: str | None = None
     kvtuner_logits_dir: str | None = None
     kvtuner_kv_noise: float = 0.0
@@ -40,6 +42,9 @@ class KvtunerOptions:
             raise ConfigError(f"--kvtuner-residual-length {self.kvtuner_residual_length} cannot be kept: the prefix "
                               "cache shares pages, which have no full-precision copy, and a window does not rescue "
                               "models with outlier keys; give 0 and use --kvtuner-axis-key 1.")
+        if self.kvtuner_attention not in get_args(Attention):
+            raise ConfigError(f"--kvtuner-attention {self.kvtuner_attention} does not exist: choose "
+                              f"{', '.join(get_args(Attention))}.")
         if not 0 <= self.kvtuner_kv_noise < 1:
             raise ConfigError(f"--kvtuner-kv-noise {self.kvtuner_kv_noise} is a relative noise: give 0 to below 1.")
         if self.enabled and not self.kv_format().quantized:
@@ -114,6 +119,9 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,
                        help="Bytes for keys and values per rank in GiB, honoured for full precision too. "
                             "Default: what --mem-fraction-static gives; on CPU 1 GiB.")
+    group.add_argument("--kvtuner-attention", choices=get_args(Attention), default="auto",
+                       help="fused: the GPU kernels; reference: plain torch, slow, what the kernels are held to. "
+                            "Default: auto, fused on a GPU and reference on a CPU.")
     group.add_argument("--kvtuner-heartbeat-dir", default=None,
                        help="Folder where every rank of this node writes a sign of life once a second.")
     group.add_argument("--kvtuner-logits-dir", default=None,

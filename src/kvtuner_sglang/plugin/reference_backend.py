@@ -14,9 +14,9 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin.attention import noisy, pool_with_tails, refuse_unusual
 from kvtuner_sglang.plugin.options import options_of
-from kvtuner_sglang.plugin.pool import LayerPages, PackedKVPool
+from kvtuner_sglang.plugin.pool import LayerPages
 from kvtuner_triton import reference
 
 QUERY_BLOCK_TOKENS = 64
@@ -56,17 +56,14 @@ class PageList:
 class ReferenceBackend(AttentionBackend):
     """The attention backend `kvtuner` without fused kernels."""
 
+    attention = "reference"
+
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
-        pool = model_runner.token_to_kv_pool
-        if not isinstance(pool, PackedKVPool):
-            raise ConfigError(f"attention backend kvtuner found the pool {type(pool).__name__}, not PackedKVPool: "
-                              "reinstall kvtuner-sglang with the SGLang version it names.")
-        self.pool = pool
+        self.pool = pool = pool_with_tails(model_runner)
         self.page_size = pool.page_size
         self.block_tokens = pool.page_size if pool.page_size > 1 else QUERY_BLOCK_TOKENS
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
-        pool.create_tails(self.req_to_token.shape[0])
         self.noise = options_of(model_runner.server_args).kvtuner_kv_noise
         self.spans: list[Span] = []
         self.everything = self.earlier = self.complete = PageList.of([], self.req_to_token)
@@ -107,11 +104,11 @@ class ReferenceBackend(AttentionBackend):
     def forward_extend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any,
                        save_kv_cache: bool = True, **_: Any) -> torch.Tensor:
         """q: (tokens, q_heads * head_dim), k, v: (tokens, kv_heads * head_dim) -> like q."""
-        _refuse_unusual(layer, k, save_kv_cache)
+        refuse_unusual(layer, k, save_kv_cache)
         pool = self.pool
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        k = self._noisy(k.view(-1, pool.head_num, pool.head_dim))
-        v = self._noisy(v.view(-1, pool.head_num, pool.head_dim))
+        k = noisy(k.view(-1, pool.head_num, pool.head_dim), self.noise)
+        v = noisy(v.view(-1, pool.head_num, pool.head_dim), self.noise)
         pages = pool.layer(layer.layer_id)
         if not pages.fmt.key.per_channel:
             locations = forward_batch.out_cache_loc
@@ -178,9 +175,6 @@ class ReferenceBackend(AttentionBackend):
             out[rows] = block[0].transpose(0, 1)
             low = high
 
-    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + self.noise * torch.randn_like(x)) if self.noise else x
-
 
 @dataclass(frozen=True)
 class _TokenContext:
@@ -223,16 +217,3 @@ def _with_tail(tail: torch.Tensor, new: torch.Tensor, span: Span, size: int) -> 
     """The page in progress and the new tokens: (end - first, kv_heads, head_dim)."""
     earlier = tail[span.slot, : span.start - span.first(size)]
     return torch.cat([earlier, new[span.rows]])
-
-
-def _refuse_unusual(layer: Any, k: torch.Tensor | None, save_kv_cache: bool) -> None:
-    unusual = {
-        "cross attention": layer.is_cross_attention,
-        "a sliding window": (layer.sliding_window_size or -1) > -1,
-        "logit soft-capping": bool(layer.logit_cap),
-        "keys written around the backend": k is None or not save_kv_cache,
-    }
-    for name, present in unusual.items():
-        if present:
-            raise ConfigError(f"layer {layer.layer_id} uses {name}, which packed KV pages do not support: "
-                              "give --enable-kvtuner-quant=False.")

@@ -10,12 +10,13 @@ import json
 import os
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 
 import kvtuner_sglang
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
@@ -63,6 +64,10 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     if options.enabled and not isinstance(pool, PackedKVPool):
         raise ConfigError(f"quantization is on but the pool is {type(pool).__name__}: a hook of kvtuner-sglang did not "
                           "take, so reinstall it together with the SGLang version it names.")
+    attention = getattr(scheduler.tp_worker.model_runner.attn_backend, "attention", args.attention_backend)
+    if options.enabled and attention not in get_args(Attention):
+        raise ConfigError(f"quantization is on but the attention backend is {attention}: a hook of kvtuner-sglang did "
+                          "not take, so reinstall it together with the SGLang version it names.")
     shape = KVShape(pool.head_num, pool.head_dim, pool.dtype.itemsize, pool.page_size)
     local = plan[pool.start_layer : pool.start_layer + pool.layer_num]
     if isinstance(pool, PackedKVPool) and pool.plan != local:
@@ -75,7 +80,8 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     return {
         **_asked(args, scheduler.model_config), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
         "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
-        "pool_class": type(pool).__name__, "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
+        "pool_class": type(pool).__name__, "attention": attention,
+        "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
         "tokens": scheduler.max_total_num_tokens,
         "pool_bytes": pool_bytes, "tail_bytes": tail_bytes,

@@ -1,0 +1,30 @@
+"""Which attention serves packed pages: the kernels of kvtuner_triton on a GPU, plain torch on a CPU or when asked."""
+
+from typing import Literal
+
+from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quant import KVFormat
+
+Attention = Literal["auto", "fused", "reference"]
+HEAD_DIMS = (64, 128)
+GIVE_REFERENCE = "give --kvtuner-attention reference, which is slow"
+
+
+def choose_attention(asked: Attention, on_cpu: bool) -> Literal["fused", "reference"]:
+    """What `--kvtuner-attention` means on this device; raises ConfigError for kernels on a CPU."""
+    if asked == "fused" and on_cpu:
+        raise ConfigError("--kvtuner-attention fused needs an NVIDIA GPU: leave it out.")
+    return "reference" if on_cpu or asked == "reference" else "fused"
+
+
+def refuse_without_kernels(fmt: KVFormat, head_dim: int) -> None:
+    """Raise ConfigError if the kernels cannot read heads of this size in this format."""
+    if head_dim not in HEAD_DIMS:
+        raise ConfigError(f"the kernels read heads of {' or '.join(map(str, HEAD_DIMS))} channels, not {head_dim}: "
+                          f"{GIVE_REFERENCE}.")
+    if not (fmt.key.quantized and fmt.value.quantized):
+        raise ConfigError("the kernels read keys and values of 8, 4 or 2 bits, not 16 for one of them: "
+                          f"{GIVE_REFERENCE}.")
+    if fmt.key.per_channel and (fmt.value.group_size or head_dim) != head_dim:
+        raise ConfigError("beside keys per channel the kernels read values with one scale a token: leave "
+                          f"--kvtuner-q-group-size out, or {GIVE_REFERENCE}.")

@@ -1,0 +1,138 @@
+"""Attention over packed pages by the kernels of kvtuner_triton: the backend `kvtuner` on a GPU.
+
+Decode: one launch stores the new token (and the page it completes), one attends, one merges; the plan is made once a
+step for all layers.  Grids depend on the batch size alone, so a CUDA graph holds the whole step; padded requests have
+slot 0, which no request owns, and length 1, and write to tail 0.
+Extend: store the pages that this pass completes, dequantize what its queries may read as stored, attend, keep tails.
+"""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.runtime_context import get_parallel
+
+from kvtuner_sglang.plugin.attention import noisy, pool_with_tails, refuse_unusual
+from kvtuner_sglang.plugin.extend_pass import ExtendPass, plan_extend
+from kvtuner_sglang.plugin.options import options_of
+from kvtuner_triton import decode_token
+from kvtuner_triton.decode import DecodeWorkspace, PackedPages, decode_attention, default_tuning
+from kvtuner_triton.layout import PackedTensor
+from kvtuner_triton.prefix import prefix_attention, prefix_tuning
+from kvtuner_triton.store import store_decode, store_extend_pages, store_extend_tails
+from kvtuner_triton.store_token import store_by_location
+from kvtuner_triton.unpack import unpack_by_location, unpack_pages
+
+EAGER_BATCH = 64  # buffers for steps without a graph hold so many requests, or as many as come
+
+
+class FusedBackend(AttentionBackend):
+    """The attention backend `kvtuner` by fused kernels; all layers have one format."""
+
+    attention = "fused"
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        self.pool = pool_with_tails(model_runner)
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.noise = options_of(model_runner.server_args).kvtuner_kv_noise
+        self.q_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        fmt = self.pool.layers[0].fmt
+        self.per_channel = fmt.key.per_channel
+        self.tuning = (default_tuning(fmt.key.bits, fmt.value.bits) if self.per_channel
+                       else decode_token.token_tuning())
+        self.prefix_tuning = prefix_tuning(self.q_heads // self.pool.head_num,
+                                           self.pool.page_size if self.per_channel else None, self.pool.dtype)
+        self.packed = [(_packed(layer.key), _packed(layer.value)) for layer in self.pool.layers]
+        self.multiprocessors = None if model_runner.device == "cuda" else 1
+        self.largest: DecodeWorkspace | None = None
+        self.workspaces: dict[int, DecodeWorkspace] = {}
+        self.step: DecodeWorkspace | None = None
+        self.extend: ExtendPass | None = None
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Graphs keep the buffers' addresses, so they are made once, for the largest batch."""
+        self._workspace(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """What the host does once a pass: nothing for decoding, tables for an extend."""
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self.step = self._workspace(forward_batch.batch_size) if forward_batch.batch_size else None
+        else:
+            self.extend = plan_extend(forward_batch, self.pool.page_size if self.per_channel else None,
+                                      self.prefix_tuning)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Divide a decode step's work, once for all layers; recorded in the graph."""
+        if forward_batch.forward_mode.is_decode_or_idle() and self.step is not None:
+            self.step.plan(forward_batch.seq_lens, forward_batch.req_pool_indices)
+
+    def forward_decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any,
+                       save_kv_cache: bool = True, **_: Any) -> torch.Tensor:
+        """q: (batch, q_heads * head_dim), k, v: (batch, kv_heads * head_dim) -> like q."""
+        q, k, v, keys, values = self._inputs(q, k, v, layer, save_kv_cache)
+        out = torch.empty_like(q)
+        if self.per_channel:
+            tails = self.pool.layer(layer.layer_id).tails
+            slots, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+            store_decode(k, v, keys, values, *tails, self.req_to_token, slots, seq_lens, q)
+            decode_attention(self.step, q, keys, values, *tails, self.req_to_token, layer.scaling, out)
+        else:
+            store_by_location(k, v, keys, values, forward_batch.out_cache_loc)
+            decode_token.decode_token_attention(self.step, q, keys, values, self.req_to_token, layer.scaling, out)
+        return out.flatten(1)
+
+    def forward_extend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any,
+                       save_kv_cache: bool = True, **_: Any) -> torch.Tensor:
+        """q: (tokens, q_heads * head_dim), k, v: (tokens, kv_heads * head_dim) -> like q."""
+        q, k, v, keys, values = self._inputs(q, k, v, layer, save_kv_cache)
+        out, now = torch.empty_like(q), self.extend
+        tails = self.pool.layer(layer.layer_id).tails if self.per_channel else (None, None)
+        where = (now.slots, now.seq_lens, now.new_lens, now.rows)
+        if self.per_channel:
+            store_extend_pages(k, v, keys, values, *tails, self.req_to_token, *where, now.items, q)
+        else:
+            store_by_location(k[: now.tokens], v[: now.tokens], keys, values, forward_batch.out_cache_loc)
+        unpack = unpack_pages if self.per_channel else unpack_by_location
+        for group in now.groups:
+            scratch = torch.empty((2, group.scratch_tokens, *k.shape[1:]), dtype=k.dtype, device=k.device)
+            unpack(keys, values, self.req_to_token, group.blocks, *scratch)
+            prefix_attention(q, k, v, *tails, *scratch, group.requests, group.tiles, layer.scaling, out,
+                             self.prefix_tuning)
+        if self.per_channel:
+            store_extend_tails(k, v, *tails, *where)
+        return out.flatten(1)
+
+    def support_triton(self) -> bool:
+        return True
+
+    def _workspace(self, batch: int) -> DecodeWorkspace:
+        """The workspace of a batch size; larger ones than the buffers' take buffers of their own."""
+        work = self.workspaces.get(batch)
+        if work is None:
+            page = self.pool.page_size if self.per_channel else decode_token.BLOCK
+            shape = (self.q_heads, self.pool.head_num, self.pool.head_dim)
+            if self.largest is None or self.largest.batch < batch:
+                self.largest = DecodeWorkspace(max(batch, EAGER_BATCH), *shape, page, self.pool.device, self.tuning,
+                                               self.multiprocessors)
+            work = DecodeWorkspace(batch, *shape, page, self.pool.device, self.tuning, self.multiprocessors,
+                                   buffers=self.largest.buffers)
+            self.workspaces[batch] = work
+        return work
+
+    def _inputs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any,
+                save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PackedPages, PackedPages]:
+        refuse_unusual(layer, k, save_kv_cache)
+        pool = self.pool
+        k = noisy(k.view(-1, pool.head_num, pool.head_dim), self.noise)
+        v = noisy(v.view(-1, pool.head_num, pool.head_dim), self.noise)
+        return (q.reshape(-1, self.q_heads, pool.head_dim).contiguous(), k, v,
+                *self.packed[layer.layer_id - pool.start_layer])
+
+
+def _packed(store: PackedTensor) -> PackedPages:
+    """What the kernels take: the same memory."""
+    return PackedPages(store.fmt.bits, store.codes, store.meta, store.extra)

@@ -1,0 +1,72 @@
+"""The kernels' backend stores the same bytes as the reference backend and answers the same, pass by pass."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from paged_batch import HEAD_DIM, KV_HEADS, LAYER, Q_HEADS, World
+
+from kvtuner_sglang.plugin import fused_backend
+from kvtuner_sglang.plugin.extend_pass import scratch_groups
+from kvtuner_sglang.quant import KVFormat, TensorFormat
+
+PAGE = 64
+BOOSTED = KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True))
+FORMATS = {
+    "kv4": (BOOSTED, PAGE),
+    "kv8": (KVFormat(TensorFormat(8, axis=1), TensorFormat(8)), PAGE),
+    "k4v2_page128": (KVFormat(TensorFormat(4, axis=1), TensorFormat(2)), 128),
+    "kv4_token": (KVFormat(TensorFormat(4), TensorFormat(4, group_size=32)), 1),
+    "kv2_symmetric": (KVFormat(TensorFormat(2, symmetric=True, axis=1), TensorFormat(2, symmetric=True)), PAGE),
+}
+# Passes of (slot, start, end): extends that start and end anywhere, alone and together, and decode steps.
+PASSES = (
+    ((2, 0, 70), (4, 0, 64)),
+    ((2, 70, 71), (4, 64, 65)),
+    ((4, 65, 200),),
+    ((2, 71, 127),),
+    ((2, 127, 128), (4, 200, 201)),
+    ((2, 128, 129), (4, 201, 202)),
+    ((5, 0, 1), (2, 129, 260), (4, 202, 203)),
+)
+
+
+def packed(world: World) -> list[torch.Tensor]:
+    layer = world.pool.layer(0)
+    return [t for store in (layer.key, layer.value) for t in (store.codes, store.meta, store.extra) if t is not None]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_and_answers_are_those_of_the_reference(device, name, monkeypatch):
+    monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    fmt, page = FORMATS[name]
+    size = {"page_size": page, "pages": 16 if page > 1 else 512}
+    worlds = [World(fmt, backend_class=fused_backend.FusedBackend, device=device, **size), World(fmt, **size)]
+    random = torch.Generator().manual_seed(7)
+    for spans in PASSES:
+        count = sum(end - start for _, start, end in spans)
+        q = torch.randn(count, Q_HEADS, HEAD_DIM, generator=random)
+        k, v = (torch.randn(count, KV_HEADS, HEAD_DIM, generator=random) for _ in range(2))
+        outs = []
+        for world in worlds:
+            for slot, start, end in spans:
+                world.place(slot, start, end)
+            decode = all(end - start == 1 for _, start, end in spans)
+            outs.append(world.forward(list(spans), *(x.to(world.device) for x in (q, k, v)), decode=decode).cpu())
+        assert torch.allclose(*outs, atol=2e-3, rtol=2e-3), spans  # decode multiplies p and v in fp16
+        for mine, truth in zip(packed(worlds[0]), packed(worlds[1]), strict=True):
+            assert torch.equal(mine.cpu().view(torch.uint8), truth.view(torch.uint8)), spans
+
+
+def test_long_requests_are_dequantized_in_groups():
+    assert scratch_groups([3, 4, 5], 100) == [slice(0, 3)]
+    assert scratch_groups([60, 50, 0, 200, 1], 100) == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5)]
+
+
+def test_a_layer_that_packed_pages_do_not_serve_stops(device, monkeypatch):
+    monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    world = World(BOOSTED, page_size=PAGE, backend_class=fused_backend.FusedBackend, device=device)
+    strange = SimpleNamespace(**{**vars(LAYER), "logit_cap": 30.0})
+    with pytest.raises(Exception, match="soft-capping"):
+        world.backend.forward_decode(torch.zeros(1, Q_HEADS * HEAD_DIM), torch.zeros(1, KV_HEADS * HEAD_DIM),
+                                     torch.zeros(1, KV_HEADS * HEAD_DIM), strange, None)
