@@ -12,7 +12,7 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-GROUPS = ("model", "quant", "dist", "workload", "tracking")
+GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels")
 
 
 def options(group: str) -> list[str]:

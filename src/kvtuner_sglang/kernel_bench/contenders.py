@@ -44,7 +44,8 @@ class Ours:
     kernel = KVTUNER
     options = ""
 
-    def __init__(self, batch: Batch, store: Storage, caches: Sequence[Layer], multiprocessors: int | None = None) -> None:
+    def __init__(self, batch: Batch, store: Storage, caches: Sequence[Layer],
+                 multiprocessors: int | None = None) -> None:
         self.batch, self.store, self.caches = batch, store, caches
         fmt, shape = store.fmt, batch.shape
         tuning = default_tuning(fmt.key.bits, fmt.value.bits) if fmt.key.per_channel else token_tuning()
@@ -132,8 +133,9 @@ class SglangTriton:
 
     def plan(self) -> None:
         shape, count = self.batch.shape, len(self.batch.lengths)
+        scheduled = max(SCHEDULED_REQUESTS, 2 ** (count - 1).bit_length())
         self.schedule[(1,)](self.splits, self.batch.seq_lens, count, 1, shape.q_heads, shape.kv_heads,
-                            SGLANG_KV_SPLITS, self.cores, MAX_NUM_SEQ=max(SCHEDULED_REQUESTS, 2 ** (count - 1).bit_length()))
+                            SGLANG_KV_SPLITS, self.cores, MAX_NUM_SEQ=scheduled)
 
     def layer(self, i: int) -> None:
         self.attend(self.batch.q, *self.caches[i], self.out, self.indptr, self.indices, self.logits, self.lse,
@@ -164,8 +166,8 @@ def sglang_triton_kernels() -> tuple:
 def peer_failed(kernel: str, error: BaseException) -> RunFailed:
     """The sentence that names a peer that cannot run."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return RunFailed(f"the peer {kernel} cannot run here ({type(error).__name__}: {first[:300]}): mend its installation, "
-                     "or leave the peers out with kernels.peers=false.")
+    return RunFailed(f"the peer {kernel} cannot run here ({type(error).__name__}: {first[:300]}): mend its "
+                     "installation, or leave the peers out with kernels.peers=false.")
 
 
 def require_peers() -> None:
