@@ -61,8 +61,9 @@ def test_caches_in_rotation_are_more_than_the_l2_cache():
     for context in (1024, 32768):
         for store in (BF16, storage("kv2")):
             layers = store.layers(SHAPE, [context], 150e6)
-            assert layers >= 2
             assert layers * store.decode_bytes(SHAPE, [context]) >= 150e6
+    assert BF16.layers(SHAPE, [2048] * 32, 150e6) == 2
+    assert BF16.layers(SHAPE, [32768] * 64, 150e6) == 1
     assert storage("kv2").layers(SHAPES["qwen2_5_0_5b"], [128], 150e6) == 1024
 
 
@@ -76,9 +77,8 @@ def test_published_cells():
 
 def test_a_cell_that_does_not_fit_says_why():
     cell = Cell(SHAPES["llama3_1_8b"], 64, 131072, ("kv4",), True)
-    assert "llama" not in (too_large(cell, 60, 150e6) or "")
-    assert too_large(cell, 60, 150e6).startswith("32/8/128 64 x 131072: its caches take ")
-    assert "kernels.memory_gib" in too_large(cell, 60, 150e6)
+    assert too_large(cell, 40, 150e6).startswith("32/8/128 64 x 131072: its caches take ")
+    assert "kernels.memory_gib" in too_large(cell, 40, 150e6)
 
 
 def test_everything_is_built_before_it_is_timed():

@@ -59,13 +59,13 @@ def test_a_published_folder_is_whole(invented_run, tmp_path):
 
 
 def test_only_a_finished_kernels_run_is_published(invented_run, tmp_path):
-    with pytest.raises(UserError, match="failed .the peer flashinfer"):
+    with pytest.raises(UserError, match="is failed"):
         publish(invented_run(status="failed"), tmp_path / "kernels")
     run_dir = invented_run()
     (run_dir / "requests.jsonl").write_text("")
     with pytest.raises(UserError, match="not what the record says"):
         publish(run_dir, tmp_path / "kernels")
-    with pytest.raises(SystemExit, match="kvtuner: .*run it first"):
+    with pytest.raises(SystemExit, match="run it first"):
         main([str(tmp_path), str(tmp_path / "kernels")])
     assert not (tmp_path / "kernels").exists()
 

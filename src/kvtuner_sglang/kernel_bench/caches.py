@@ -39,7 +39,8 @@ class Pages:
     def as_read(self, store: Storage) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as attention reads them from a cache of this storage, in float64."""
         if not store.fmt.quantized:
-            return tuple(x.to(plain_dtype(store)).double() for x in (self.key, self.value))  # type: ignore[return-value]
+            dtype = plain_dtype(store)
+            return self.key.to(dtype).double(), self.value.to(dtype).double()
         return (_restored(store.fmt.key, self.key, self.weight), _restored(store.fmt.value, self.value, None))
 
 
@@ -121,11 +122,10 @@ def packed_layers(pages: Pages, batch: Batch, store: Storage, layers: int) -> li
 
 def packed(fmt: TensorFormat, x: torch.Tensor, weight: torch.Tensor | None, order: Order, page: int) -> PackedPages:
     """x: (n, kv_heads, BLOCK, head_dim) as n pages, or, with pages of one token, as n * BLOCK of them."""
-    parts = reference.encode(fmt, x, weight, order)
+    codes, meta, extra = reference.encode(fmt, x, weight, order)
     if page == 1:
-        parts = tuple(None if t is None else t.transpose(1, 2).flatten(0, 1).unsqueeze(2) for t in parts)
-    codes, meta, extra = (None if t is None else t.contiguous() for t in parts)
-    return PackedPages(fmt.bits, codes, meta, extra)
+        codes, meta = (t.transpose(1, 2).flatten(0, 1).unsqueeze(2) for t in (codes, meta))
+    return PackedPages(fmt.bits, codes.contiguous(), meta.contiguous(), None if extra is None else extra.contiguous())
 
 
 def _copies(packed: PackedPages, blocks: int) -> PackedPages:

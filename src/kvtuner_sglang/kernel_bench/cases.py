@@ -73,8 +73,12 @@ class Storage:
         return round(stored * layout.bytes_per_token([self.fmt])) + tails + queries
 
     def layers(self, shape: Shape, seq_lens: Sequence[int], rotated_bytes: float) -> int:
-        """Caches used in turn, two or more, so that together they are more than `rotated_bytes`, and no L2 serves."""
-        return max(2, min(MOST_LAYERS, int(-(-rotated_bytes // self.decode_bytes(shape, seq_lens)))))
+        """Caches used in turn, so that together they are more than `rotated_bytes`, and no L2 serves.
+
+        Two or more, unless a single one is four times that.
+        """
+        size = self.decode_bytes(shape, seq_lens)
+        return max(2 if size < 4 * rotated_bytes else 1, min(MOST_LAYERS, int(-(-rotated_bytes // size))))
 
 
 PLAIN = KVFormat(TensorFormat(16), TensorFormat(16))

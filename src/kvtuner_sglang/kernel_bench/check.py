@@ -75,7 +75,7 @@ def check_decode(shape: Shape, formats: Sequence[str], peers: bool, device: str,
     """One check a contender."""
     pages, batch = Pages.random(shape, device, seed), Batch.random(shape, lengths, device, seed)
     found: dict[tuple[str, str], Check] = {}
-    for contender in contenders(pages, batch, formats, peers, 0, multiprocessors):
+    for contender in contenders(pages, batch, formats, peers, 1, multiprocessors):
         exact = truth(pages, batch, contender.store, torch.float64)
         bf16_error = relative_error(truth(pages, batch, contender.store, torch.bfloat16), exact)
         check = Check(contender.kernel, contender.store.name, shape.name, relative_error(contender.out, exact),

@@ -112,7 +112,8 @@ _KINDS: dict[str, type[Sample]] = {"ceilings": Ceilings, "check": Check, "store_
 
 def sample_of(line: Mapping[str, Any]) -> Sample:
     """A line of the samples file as it was written."""
-    return _KINDS[line["kind"]](**{k: tuple(v) if isinstance(v, list) else v for k, v in line.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line.items()}
+    return _KINDS[line["kind"]](**fields)
 
 
 def best(samples: Iterable[Sample]) -> list[DecodeTimes]:
