@@ -4,6 +4,7 @@ roofline: time against bytes, beside the floor that reading those bytes sets.  s
 bf16, by context and batch.  Shown are the formats in SERIES; the table has the others, too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,8 @@ def speedups(frame: "pd.DataFrame") -> "pd.DataFrame":
     return joined.assign(speedup=joined["base_us"] / joined["median_us"])
 
 
-def draw_speedup(ax: "Axes", frame: "pd.DataFrame") -> None:
-    """One shape and batch: speed-up over context, a line a kernel and format."""
+def draw_speedup(ax: "Axes", frame: "pd.DataFrame", contexts: Sequence[int]) -> None:
+    """One shape and batch: speed-up over context, a line a kernel and format; `contexts` are marked."""
     for (kernel, name), (label, colour, marker) in SERIES.items():
         rows = shown(frame, kernel, name).sort_values("context")
         if (kernel, name) != BASELINE and not rows.empty:
@@ -67,7 +68,6 @@ def draw_speedup(ax: "Axes", frame: "pd.DataFrame") -> None:
                     label=label)
     ax.axhline(1, color="black", linewidth=0.6, linestyle="--")
     ax.set_xscale("log", base=2)
-    contexts = sorted(frame["context"].unique())
     ax.set_xticks(contexts, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in contexts])
     ax.minorticks_off()
 
@@ -101,7 +101,7 @@ def speedup(frame: "pd.DataFrame") -> "Figure":
             if part.empty:
                 ax.set_axis_off()
                 continue
-            draw_speedup(ax, part)
+            draw_speedup(ax, part, sorted(frame["context"].unique()))
             ax.set_title(f"{_title(shape)}, batch {batch}", fontsize=7)
             ax.tick_params(labelsize=6, labelbottom=True)
         line[0].set_ylabel("times as fast", fontsize=7)
