@@ -108,4 +108,5 @@ if __name__ == "__main__":
     for tile in TILES:
         ptx = prefix_ptx(*tile)
         assert ("wgmma.mma_async" in ptx) == (tile[-1] != "fp32")
-        assert "cp.async" in ptx or tile[-1] == "fp32"  # loads run ahead
+        assert "cp.async.cg" in ptx or tile[-1] == "fp32"  # loads run ahead, 16 bytes each
+        assert "ld.global.b16" not in ptx
