@@ -89,8 +89,8 @@ class DecodeWorkspace:
         if self.buffers is None:
             self.buffers = DecodeBuffers(rows, self.batch, self.q_heads, self.head_dim, self.device)
         if len(self.buffers.plan_table) < rows or len(self.buffers.spans) < self.batch:
-            raise ValueError(f"buffers of {len(self.buffers.plan_table)} rows for {len(self.buffers.spans)} requests do "
-                             f"not hold a step of {rows} rows for {self.batch}")
+            raise ValueError(f"buffers of {len(self.buffers.plan_table)} rows for {len(self.buffers.spans)} requests "
+                             f"do not hold a step of {rows} rows for {self.batch}")
         self.plan_table, self.spans = self.buffers.plan_table[:rows], self.buffers.spans[:self.batch]
         self.partial, self.lse = self.buffers.partial[:rows], self.buffers.lse[:rows]
 

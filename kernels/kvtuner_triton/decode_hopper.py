@@ -7,7 +7,15 @@ codes, per page and channel s_k, z_k, per token s_v, z_v:
     p[token, h]     = 2^(score * sm_scale * log2 e - top[h])                             online softmax, fp32
     out[h, d]       = (sum_token c_v[token, d] (s_v[token] p) + sum_token z_v p) / sum_token p
 
-so no element is multiplied: a code becomes an MMA operand by masking (hopper_operands.py).  Pages travel through a ring
+Boosted keys: c = 16 first + second where s_k has its sign bit set, so first halves are multiplied by 16 |s_k| q, and
+one more MMA per 16 tokens adds
+
+    sum_t,slot second[token, slot] (sum of |s_k[d]| q[h, d] over the boosted d of lane quad t in that slot)
+
+Of a slot's channels a single one is boosted and a single quad has it, so each of the 16 sums is one product, or zero;
+a lane finds its own four without asking which channel it is.
+
+No element is multiplied: a code becomes an MMA operand by masking (hopper_operands.py).  Pages travel through a ring
 of STAGES steps of T tokens in shared memory, filled by cp.async; a lane reads back what it needs, 16 bytes at a time,
 as fragments (fragments.py).  The page in progress is in full precision and takes a program of its own.
 
@@ -15,13 +23,14 @@ Memory (codes, and pairs of fp16, are read as int32 words):
     q (batch, q_heads, D) 16 bit         codes (pages, kv_heads, PAGE, D * bits / 8) in fragment order
     key meta (pages, kv_heads, m, D)     value meta (pages, kv_heads, PAGE, 1, m)
         fp16, scale then zero; m = 1: symmetric, the zero is -2^(bits - 1) scale and takes no bytes
+    key extra (pages, kv_heads, PAGE, D / 32) uint8 in the order of slots, or None
     tail_key, tail_value (slots, PAGE, kv_heads, D)         table = req_to_token (slots, table_stride) int32
     plan (rows, 4) int32, see decode_plan.py
     partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2
 
-Bytes a token and kv head at D = 128, PAGE = 64: kv8 268, kv4 140, kv2 76.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are rounded to fp16 (p of the page in progress to
-the model's dtype), all sums are fp32.
+Bytes a token and kv head at D = 128, PAGE = 64: kv8 268, kv4 140 (boosted keys and symmetric values 142), kv2 76.
+Tolerance: error at most 2x that of bf16 PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are
+rounded to fp16 (p of the page in progress to the model's dtype), all sums are fp32.
 |s_k q| may reach 2^18, and s_v 2^12 (at 4 bits, values that span 60,000), before fp16 overflows.
 """
 
@@ -71,11 +80,11 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit(do_not_specialize=["batch", "table_stride"])
-def decode_kernel(q_ptr, key_codes, key_meta, key_extra, value_codes, value_meta, tail_key, tail_value, table, plan, partial,
-                  lse, sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr, VALUE_BITS: gl.constexpr,
-                  VALUE_META: gl.constexpr, BOOSTED: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr,
-                  OVERLAP: gl.constexpr):
+def decode_kernel(q_ptr, key_codes, key_meta, key_extra, value_codes, value_meta, tail_key, tail_value, table, plan,
+                  partial, lse, sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+                  D: gl.constexpr, PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr,
+                  VALUE_BITS: gl.constexpr, VALUE_META: gl.constexpr, BOOSTED: gl.constexpr, T: gl.constexpr,
+                  STAGES: gl.constexpr, OVERLAP: gl.constexpr):
     """Program (head, row) does row `row` of the plan for kv head `head`; OVERLAP lets the merge start launching."""
     head = gl.program_id(0)
     row = gl.program_id(1)

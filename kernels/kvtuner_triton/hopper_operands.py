@@ -116,7 +116,7 @@ def channel_pair_layout(D):
 def slot_pair_layout(T, D):
     """(T/32 tiles, 8 g, D/32 words of two slots) flat: lane (g, t) has the words of its 64 channels, of tokens 4 g.."""
     width = D // 32
-    lane = [[0], [2 if D == 128 else 0], [width], [2 * width], [4 * width]]  # noqa: PLR2004
+    lane = [[0], [2 if D == 128 else 0], [width], [2 * width], [4 * width]]
     return linear([[1]] + [[t] for t in powers(8 * width, T * D // 128)], lane, [T * D // 128])
 
 
@@ -124,7 +124,7 @@ def slot_pair_layout(T, D):
 def slot_layout(T, D):
     """(T row order, 2 u, parts, lane quads a part, 2 e): columns of the A operand (T, 16) of second halves."""
     reg = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 1, 0, 0, 0]] + [[r, 0, 0, 0, 0] for r in powers(16, T)]
-    quads = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0] if D == 128 else [0, 0, 0, 2, 0]]  # noqa: PLR2004
+    quads = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0] if D == 128 else [0, 0, 0, 2, 0]]
     rows = [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
     return linear(reg, quads + rows, [T, 2, D // 64, 256 // D, 2])
 

@@ -3,7 +3,7 @@
 Asymmetric, b bits, over a group x:   zero = fp16(min x), scale = fp16((max x - min x) / (2^b - 1)),
                                       code = clamp(floor((x - zero) / scale + 1/2), 0, 2^b - 1),
                                       x' = code * scale + zero
-Symmetric:                            scale = fp16(-far / 2^(b-1)), far = the x with the largest |x| (ties: the positive),
+Symmetric:                            scale = fp16(-far / 2^(b-1)), far = the x with the largest |x| (or the positive),
                                       code = clamp(floor(x / scale + 1/2) + 2^(b-1), 0, 2^b - 1),
                                       x' = (code - 2^(b-1)) * scale
 so a symmetric scale has a sign, and `far` gets code 0: all 2^b codes are used, as in llama.cpp's Q4_0, and steps are an
@@ -15,9 +15,9 @@ Boosted keys (asymmetric, 4 bits, per channel): of each page and kv head one cha
 head_dim / 16 in all, is quantized to 8 bits: the channel c with the largest w_c r_c^2, the lower at a tie.  r_c is
 max k_c - min k_c, what the step is proportional to; w_c is the sum of q_c^2 over this rank's query heads of the kv head
 at the page's last position.  So w_c r_c^2 is, up to a constant, the mean square that rounding channel c adds to that
-query's scores.  It depends on the page's own tokens alone, needs no calibration, and is known in the step that completes
-the page.  Such a code is stored in two halves, and the sign bit of the channel's scale, which is never negative, says
-so.  Codes are bit for bit defined given w; how w is summed is not.
+query's scores.  It depends on the page's own tokens alone, needs no calibration, and is known in the step that
+completes the page.  Such a code is stored in two halves, and the sign bit of the channel's scale, which is never
+negative, says so.  Codes are bit for bit defined given w; how w is summed is not.
 """
 
 import torch

@@ -11,10 +11,10 @@ the kv head's query heads at the page's last position, which is new whenever a p
 
 Nothing but w is a sum of products, and its order is free, so there is nothing to contract, and every quotient d / s is
 rounded as IEEE says, in three instructions instead of eleven: q = d r with r about 1 / s, then q + r (d - q s) in two
-FMAs.  s has at most 11 bits (an fp16, or top), so d - q s is exact, and a quotient of 24 by 11 bits stays 2^-12 ulp away
-from where rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small that this fails, adding 1/2
-forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing, and may differ from torch on a
-CPU by a bit.)
+FMAs.  s has at most 11 bits (an fp16, or top), so d - q s is exact, and a quotient of 24 by 11 bits stays 2^-12 ulp
+away from where rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small that this fails, adding
+1/2 forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing, and may differ from torch
+on a CPU by a bit.)
 
 Request b has new tokens at positions seq_lens[b] - new .. seq_lens[b] - 1, rows rows[b] .. of key and value.  Each page
 they complete is one item, quantized from the rows and, for the first, from the slot's tail; the page of the last token

@@ -13,12 +13,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvtuner_triton.decode_hopper import decode_kernel
 
-SHAPES = ((4, 4, 128, 64, 64), (8, 2, 64, 128, 32))  # key bits, value bits, head_dim, page, tokens a step
+# key bits, boosted, value bits, head_dim, page, tokens a step
+SHAPES = ((4, True, 4, 128, 64, 64), (4, True, 4, 64, 128, 32), (8, False, 2, 64, 128, 32))
 
 
-def ptx_for_hopper(key_bits: int, value_bits: int, head_dim: int, page: int, step: int) -> str:
+def ptx_for_hopper(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, step: int) -> str:
     constants = {"KV_HEADS": 4, "GROUP": 7, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits,
-                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "T": step, "STAGES": 2, "OVERLAP": False}
+                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "BOOSTED": boosted, "T": step,
+                 "STAGES": 2, "OVERLAP": False}
+    if not boosted:
+        constants["key_extra"] = None
     types = {"q_ptr": "*bf16", "tail_key": "*bf16", "tail_value": "*bf16", "partial": "*fp32", "lse": "*fp32",
              "sm_scale": "fp32", "batch": "i32", "table_stride": "i32"}
     names = decode_kernel.arg_names
