@@ -1,12 +1,14 @@
 """Check and time the kernels on one GPU: python -m kvtuner_triton.decode_bench (PYTHONPATH=src:kernels).
 
-1. Correctness of every bit pair on ragged batches against float64, beside what bf16 PyTorch loses; poisoned outputs.
+1. Correctness of every format on ragged batches against float64, beside what bf16 PyTorch loses; poisoned outputs.
    Stores byte for byte against the CPU reference (store_bench.py).
 2. Times by CUDA graph: a graph holds STEPS or more decode steps of one layer over different pages (more than the L2
    cache together), tunings are replayed in turn, the figure is the median replay divided by steps.  us: decode and
    merge, as a layer costs; plan apart, since it runs once a step for all layers.  floor: bytes that must be read over
    3.066 TB/s, the plain read speed of an H100.
 3. The same with all pages in the L2 cache (what computing alone takes), the plain Triton kernels, and stores.
+
+Formats are what `quant.kv_format` makes of their bits, so kv4 has boosted keys and symmetric values; "plain" has not.
 
 Needs torch and triton only.
 """
@@ -18,49 +20,53 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
-from kvtuner_sglang.quant import TensorFormat
+from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat
+from kvtuner_triton import layout
 from kvtuner_triton.decode import DecodeWorkspace, PackedPages, Tuning, attend_rows, decode_attention, default_tuning
 from kvtuner_triton.decode_case import DecodeCase, TokenCase, attend, random_case, random_token_case, relative_error
 from kvtuner_triton.decode_hopper import decode_kernel
 from kvtuner_triton.decode_merge import merge
 from kvtuner_triton.decode_token import BLOCK, attend_tokens, decode_token_attention, token_tuning
-from kvtuner_triton.store_bench import check_stores, time_stores
+from kvtuner_triton.store_bench import FORMATS, check_stores, time_stores
 from kvtuner_triton.timing import ceilings, graph_times
 
 READ_BYTES_PER_US = 3.066e6
 ROTATED_BYTES = 160e6
 STEPS = 20
 PAGE, HEADS, KV_HEADS, D = 64, 28, 4, 128
-PAIRS = ((4, 4), (8, 8), (2, 2), (8, 4), (4, 2))
+SYMMETRIC = KVFormat(replace(FORMATS["k8v4"].key, symmetric=True), TensorFormat(2, symmetric=True))
 SHAPES = ((16, 32768), (64, 4096), (4, 32768), (1, 32768), (1, 4096))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: bits, shape and the part of the tuning that is compiled in."""
+    """One compiled kernel: format, shape and the part of the tuning that is compiled in."""
 
-    bits: tuple[int, int]
+    fmt: KVFormat
     tuning: Tuning
     heads: tuple[int, int] = (HEADS, KV_HEADS)
     head_dim: int = D
     page: int = PAGE
-    symmetric: tuple[bool, bool] = (False, False)
+
+
+def tuned(fmt: KVFormat) -> Tuning:
+    return default_tuning(fmt.key.bits, fmt.value.bits)
 
 
 def warm(v: Variant):
     """Compile, or take from the cache; nothing runs."""
-    words = torch.int32
+    words, key, value = torch.int32, v.fmt.key, v.fmt.value
     return decode_kernel.warmup(
-        torch.bfloat16, words, words, words, words, torch.bfloat16, torch.bfloat16, words, words, torch.float32,
-        torch.float32, 0.5, 3, 4096, KV_HEADS=v.heads[1], GROUP=v.heads[0] // v.heads[1], D=v.head_dim, PAGE=v.page,
-        KEY_BITS=v.bits[0], KEY_META=2 - v.symmetric[0], VALUE_BITS=v.bits[1], VALUE_META=2 - v.symmetric[1],
-        T=v.tuning.step_tokens, STAGES=v.tuning.stages, OVERLAP=v.tuning.overlap, grid=(1,), num_warps=1,
-        maxnreg=v.tuning.registers)
+        torch.bfloat16, words, words, words if key.boosted else None, words, words, torch.bfloat16, torch.bfloat16,
+        words, words, torch.float32, torch.float32, 0.5, 3, 4096, KV_HEADS=v.heads[1], GROUP=v.heads[0] // v.heads[1],
+        D=v.head_dim, PAGE=v.page, KEY_BITS=key.bits, KEY_META=key.metadata_values, VALUE_BITS=value.bits,
+        VALUE_META=value.metadata_values, BOOSTED=key.boosted, T=v.tuning.step_tokens, STAGES=v.tuning.stages,
+        OVERLAP=v.tuning.overlap, grid=(1,), num_warps=1, maxnreg=v.tuning.registers)
 
 
 def compile_variant(v: Variant) -> float:
@@ -70,11 +76,14 @@ def compile_variant(v: Variant) -> float:
     return time.perf_counter() - start
 
 
-def check(v: Variant, seq_lens: list[int], portable: bool = False) -> tuple[float, float]:
-    """(error of the kernel, error of bf16 PyTorch), relative to float64, over all of the output; runs twice."""
+def check(v: Variant, seq_lens: list[int], portable: bool = False,
+          dtype: torch.dtype = torch.bfloat16) -> tuple[float, float]:
+    """(error of the kernel, of PyTorch in the same dtype), relative to float64, over all of the output; runs twice."""
     q_heads, kv_heads = v.heads
+    key, value = v.fmt.key, v.fmt.value
     case = random_case(seq_lens, q_heads=q_heads, kv_heads=kv_heads, head_dim=v.head_dim, page=v.page,
-                       key_bits=v.bits[0], value_bits=v.bits[1], symmetric=v.symmetric, device="cuda")
+                       key_bits=key.bits, value_bits=value.bits, symmetric=(key.symmetric, value.symmetric),
+                       boosted=key.boosted, dtype=dtype, device="cuda")
     work = DecodeWorkspace(len(seq_lens), q_heads, kv_heads, v.head_dim, v.page, "cuda", v.tuning, portable=portable)
     return errors(work, case, lambda out: decode_attention(
         work, case.q, case.keys, case.values, case.tail_key, case.tail_value, case.req_to_token, case.sm_scale, out))
@@ -101,36 +110,32 @@ def errors(work: DecodeWorkspace, case: DecodeCase | TokenCase,
         found.append(relative_error(out, truth))
     if found[0] != found[1]:
         say(f"  two runs differ: {found}")
-    return found[0], relative_error(attend(case, torch.bfloat16), truth)
+    return found[0], relative_error(attend(case, case.q.dtype), truth)
 
 
 @dataclass
 class Bench:
-    """Inputs of one (bits, batch, context): `sets` page tables over one pool of random pages."""
+    """Inputs of one (format, batch, context): `sets` page tables over one pool of random pages."""
 
-    bits: tuple[int, int]
+    name: str
     batch: int
     context: int
     in_cache: bool = False
     per_token: bool = False
-    symmetric_values: bool = False
 
     def __post_init__(self) -> None:
         stored = self.context // PAGE if self.per_token else (self.context - 1) // PAGE
-        self.page_bytes = [KV_HEADS * (PAGE * D * self.bits[0] // 8 + 4 * (PAGE if self.per_token else D)),
-                           KV_HEADS * (PAGE * D * self.bits[1] // 8 + 2 * (2 - self.symmetric_values) * PAGE)]
+        fmt = FORMATS[self.name] if not self.per_token else KVFormat(TensorFormat(4), TensorFormat(4))
+        shape = KVShape(KV_HEADS, D, 2, PAGE)
+        page_bytes = PAGE * shape.bytes_per_token((fmt,))
         tail = (self.context - stored * PAGE) * KV_HEADS * D * 2 * 2
-        self.bytes = self.batch * (stored * sum(self.page_bytes) + tail)
+        self.bytes = self.batch * (stored * page_bytes + tail)
         pages = self.batch * stored
         self.sets = 1 if self.in_cache else max(2, min(64, int(-(-ROTATED_BYTES // self.bytes))))
         self.steps = max(STEPS, self.sets)
-        pool = min(pages, int(12e6 // sum(self.page_bytes))) if self.in_cache else pages * self.sets
+        pool = min(pages, int(12e6 // page_bytes)) if self.in_cache else pages * self.sets
         page = 1 if self.per_token else PAGE
-        count = pool * PAGE // page
-        self.keys = PackedPages(self.bits[0], self.codes(count, page, self.bits[0]),
-                                self.meta(count, *((1, 1, 2) if self.per_token else (2, D))))
-        self.values = PackedPages(self.bits[1], self.codes(count, page, self.bits[1]),
-                                  self.meta(count, page, 1, 2 - self.symmetric_values))
+        self.keys, self.values = (self.random_pages(t, pool * PAGE // page, page) for t in (fmt.key, fmt.value))
         self.tail_key, self.tail_value = (torch.randn(self.batch, PAGE, KV_HEADS, D, device="cuda").bfloat16()
                                           for _ in range(2))
         ids = torch.randperm(pages * self.sets, device="cuda").to(torch.int32) % pool
@@ -142,13 +147,12 @@ class Bench:
         self.out = torch.empty_like(self.q)
 
     @staticmethod
-    def codes(count: int, page: int, bits: int) -> torch.Tensor:
-        shape = (count, KV_HEADS, page, D * bits // 8)
-        return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
-
-    @staticmethod
-    def meta(count: int, *shape: int) -> torch.Tensor:
-        return torch.rand((count, KV_HEADS, *shape), device="cuda").mul_(0.2).sub_(0.05).half()
+    def random_pages(fmt: TensorFormat, count: int, page: int) -> PackedPages:
+        packed = layout.allocate(fmt, KVShape(KV_HEADS, D, 2, page), count, torch.bfloat16, "cuda")
+        for x in (packed.codes, packed.extra):
+            if x is not None:
+                x.random_(256)
+        return PackedPages(fmt.bits, packed.codes, packed.meta.uniform_(-0.05, 0.15), packed.extra)
 
     @property
     def floor_us(self) -> float:
@@ -192,18 +196,18 @@ class Bench:
         works = {(i, part): work for i, tuning in enumerate(tunings)
                  for part, work in self.works(tuning, portable).items()}
         times = {key: us / self.steps for key, us in graph_times(works).items()}
-        kinds = {"portable": portable, "token": self.per_token, "L2": self.in_cache, "symm V": self.symmetric_values}
+        kinds = {"portable": portable, "token": self.per_token, "L2": self.in_cache}
         kind = " ".join(k for k, on in kinds.items() if on)
         for i, tuning in enumerate(tunings):
             us = times[i, "us"]
-            yield (f"{name(self.bits):5} {self.batch:3}x{self.context:<6}{kind:8} {describe(tuning):17} | {us:7.1f} us "
+            yield (f"{self.name:9} {self.batch:3}x{self.context:<6}{kind:8} {describe(tuning):17} | {us:7.1f} us "
                    f"{self.bytes / us / 1e3:6.0f} GB/s {us / self.floor_us:5.2f} x floor {self.floor_us:6.1f} | decode "
                    f"{times[i, 'decode']:7.1f} merge {times[i, 'merge']:5.1f} plan {times[i, 'plan']:4.1f}")
 
 
 def empty_us(programs_per_sm: int) -> float:
     """us of a launch whose rows are all unused."""
-    bench = Bench((4, 4), 1, 1024)
+    bench = Bench("kv4", 1, 1024)
     work = DecodeWorkspace(1, HEADS, KV_HEADS, D, PAGE, "cuda", Tuning(programs_per_sm=programs_per_sm))
     table = bench.tables[0]
 
@@ -216,10 +220,6 @@ def empty_us(programs_per_sm: int) -> float:
 
 def say(line: str) -> None:
     print(line, flush=True)  # noqa: T201 - this script's own output
-
-
-def name(bits: tuple[int, int]) -> str:
-    return f"kv{bits[0]}" if bits[0] == bits[1] else f"k{bits[0]}v{bits[1]}"
 
 
 def describe(t: Tuning) -> str:
@@ -235,30 +235,27 @@ CHECKS = (  # (q heads, kv heads), head_dim, page, seq_lens
     ((7, 1), 128, 128, (1, 128, 129, 900)),
 )
 TUNINGS = {  # tried beside the default
-    ((4, 4), 16, 32768): (Tuning(programs_per_sm=8), Tuning(programs_per_sm=10), Tuning(overlap=True),
+    ("kv4", 16, 32768): (Tuning(programs_per_sm=8), Tuning(programs_per_sm=10), Tuning(overlap=True),
                           Tuning(stages=3, programs_per_sm=8), Tuning(32, 3), Tuning(32, 2, 16, registers=128)),
-    ((4, 4), 64, 4096): (Tuning(programs_per_sm=8), Tuning(overlap=True)),
-    ((4, 4), 4, 32768): (Tuning(programs_per_sm=8), Tuning(overlap=True)),
-    ((4, 4), 1, 32768): (Tuning(programs_per_sm=8), Tuning(programs_per_sm=4), Tuning(least_pages=2),
+    ("kv4", 64, 4096): (Tuning(programs_per_sm=8), Tuning(overlap=True)),
+    ("kv4", 4, 32768): (Tuning(programs_per_sm=8), Tuning(overlap=True)),
+    ("kv4", 1, 32768): (Tuning(programs_per_sm=8), Tuning(programs_per_sm=4), Tuning(least_pages=2),
                          Tuning(least_pages=4), Tuning(overlap=True)),
-    ((4, 4), 1, 4096): (Tuning(programs_per_sm=4), Tuning(overlap=True)),
-    ((8, 8), 16, 32768): (Tuning(programs_per_sm=4), Tuning(32, 3, 8), Tuning(32, 2, 12)),
-    ((2, 2), 16, 32768): (Tuning(), Tuning(programs_per_sm=16, registers=128), Tuning(stages=4, programs_per_sm=11)),
-    ((8, 4), 16, 32768): (Tuning(programs_per_sm=8), Tuning(32, 2, 12)),
-    ((4, 2), 16, 32768): (Tuning(stages=3, programs_per_sm=10), Tuning(programs_per_sm=15, registers=128)),
+    ("kv4", 1, 4096): (Tuning(programs_per_sm=4), Tuning(overlap=True)),
+    ("kv8", 16, 32768): (Tuning(programs_per_sm=4), Tuning(32, 3, 8), Tuning(32, 2, 12)),
+    ("kv2", 16, 32768): (Tuning(), Tuning(programs_per_sm=16, registers=128), Tuning(stages=4, programs_per_sm=11)),
+    ("k8v4", 16, 32768): (Tuning(programs_per_sm=8), Tuning(32, 2, 12)),
+    ("k4v2", 16, 32768): (Tuning(stages=3, programs_per_sm=10), Tuning(programs_per_sm=15, registers=128)),
 }
-SYMMETRIC = (((4, 4), (False, True)), ((8, 2), (True, True)))
 CHECKED = (Tuning(overlap=True), Tuning(programs_per_sm=16, registers=128))
 
 
 def all_variants() -> list[Variant]:
     """Every fragment kernel this script runs, once."""
-    found = [Variant(bits, default_tuning(*bits), *shape[:3]) for shape in CHECKS for bits in PAIRS]
-    found += [Variant((4, 4), t) for t in CHECKED]
-    found += [Variant(bits, default_tuning(*bits), symmetric=symmetric) for bits, symmetric in SYMMETRIC]
-    found += [Variant(bits, t) for (bits, _, _), tunings in TUNINGS.items() for t in tunings]
-    compiled = {(v.bits, v.tuning.step_tokens, v.tuning.stages, v.tuning.registers, v.tuning.overlap, v.heads,
-                 v.head_dim, v.page, v.symmetric): v for v in found}
+    found = [Variant(fmt, tuned(fmt), *shape[:3]) for shape in CHECKS for fmt in FORMATS.values()]
+    found += [Variant(FORMATS["kv4"], t) for t in CHECKED] + [Variant(SYMMETRIC, tuned(SYMMETRIC))]
+    found += [Variant(FORMATS[name], t) for (name, _, _), tunings in TUNINGS.items() for t in tunings]
+    compiled = {replace(v, tuning=replace(v.tuning, programs_per_sm=0, least_pages=0)): v for v in found}
     return list(compiled.values())
 
 
@@ -270,8 +267,9 @@ def compile_all() -> None:
         seconds = list(pool.map(compile_variant, variants))
     say(f"{len(variants)} kernels compiled in {time.perf_counter() - start:.0f} s, the slowest {max(seconds):.1f} s")
     for v in variants:
-        if v.heads == (HEADS, KV_HEADS) and v.symmetric == (False, False):
-            say(f"  {name(v.bits):5} {describe(v.tuning)}: {resources(v)}")
+        for name, fmt in FORMATS.items():
+            if v.heads == (HEADS, KV_HEADS) and v.fmt == fmt:
+                say(f"  {name:9} {describe(v.tuning)}: {resources(v)}")
 
 
 def resources(v: Variant) -> str:
@@ -294,18 +292,17 @@ def check_all() -> bool:
     found = []
     for heads, head_dim, page, seq_lens in CHECKS:
         shape = f"{heads[0]}/{heads[1]}/{head_dim} page {page}"
-        for bits in PAIRS:
-            variant = Variant(bits, default_tuning(*bits), heads, head_dim, page)
-            found.append((f"{name(bits):5} {shape}", *check(variant, list(seq_lens))))
-    for t in CHECKED:
-        found.append((f"kv4   {describe(t)}", *check(Variant((4, 4), t), [1, 64, 700, 129])))
-    for bits, symmetric in SYMMETRIC:
-        variant = Variant(bits, default_tuning(*bits), symmetric=symmetric)
-        found.append((f"{name(bits):5} symmetric {symmetric}", *check(variant, [1, 64, 65, 700, 129])))
-    found.append(("kv4   portable", *check(Variant((4, 4), Tuning()), [1, 64, 65, 700, 129], portable=True)))
+        for name, fmt in FORMATS.items():
+            variant = Variant(fmt, tuned(fmt), heads, head_dim, page)
+            found.append((f"{name:9} {shape}", *check(variant, list(seq_lens))))
+    few, kv4 = [1, 64, 65, 700, 129], FORMATS["kv4"]
+    found += [(f"kv4 {describe(t)}", *check(Variant(kv4, t), few)) for t in CHECKED]
+    found.append(("k8v2 symmetric", *check(Variant(SYMMETRIC, tuned(SYMMETRIC)), few)))
+    for name in ("kv4", "kv4 plain"):
+        found.append((f"{name} portable", *check(Variant(FORMATS[name], Tuning()), few, portable=True)))
     for bits, groups, page in ((4, None, 1), (8, None, 64), (2, 32, 16)):
         found.append((f"kv{bits}_token, groups {groups}, page {page}", *check_tokens(bits, groups, page)))
-    good = True
+    good = check_fp32()
     for what, error, bf16 in found:
         good &= error <= 2 * bf16
         say(f"  {'ok  ' if error <= 2 * bf16 else 'FAIL'} {what}: error {error:.2e}, bf16 PyTorch {bf16:.2e}")
@@ -313,6 +310,13 @@ def check_all() -> bool:
         good &= same
         say(f"  {'ok  ' if same else 'FAIL'} {what}")
     return good
+
+
+def check_fp32() -> bool:
+    """The portable kernel serves fp32 models; its error beside that of fp32 PyTorch."""
+    error, fp32 = check(Variant(FORMATS["kv4"], Tuning()), [1, 64, 65, 700, 129], dtype=torch.float32)
+    say(f"  {'ok  ' if error <= 4 * fp32 else 'FAIL'} kv4 fp32 model: error {error:.2e}, fp32 PyTorch {fp32:.2e}")
+    return error <= 4 * fp32
 
 
 def main() -> int:
@@ -330,22 +334,20 @@ def main() -> int:
     copy, read = ceilings()
     say(f"device copy {copy:.0f} GB/s (read + write), plain read {read:.0f} GB/s")
     say(f"a launch of unused rows: {empty_us(4):.1f} us at P4, {empty_us(12):.1f} us at P12")
-    for bits in PAIRS:
+    for name, fmt in FORMATS.items():
         for batch, context in SHAPES:
-            tunings = [default_tuning(*bits)]
+            tunings = [tuned(fmt)]
             if not options.no_tunings:
-                tunings += TUNINGS.get((bits, batch, context), ())
-            for line in Bench(bits, batch, context).time(tunings):
+                tunings += TUNINGS.get((name, batch, context), ())
+            for line in Bench(name, batch, context).time(tunings):
                 say(line)
-        for line in Bench(bits, *SHAPES[0], in_cache=True).time([default_tuning(*bits)]):
+        for line in Bench(name, *SHAPES[0], in_cache=True).time([tuned(fmt)]):
             say(line)
-    for line in Bench((4, 4), *SHAPES[0], symmetric_values=True).time([default_tuning(4, 4)]):
-        say(line)
     for batch, context in (SHAPES[0], (1, 32768)):
         tunings = [token_tuning(), Tuning(programs_per_sm=3), Tuning(programs_per_sm=8)]
-        for line in Bench((4, 4), batch, context, per_token=True).time(tunings):
+        for line in Bench("kv4", batch, context, per_token=True).time(tunings):
             say(line)
-    for line in Bench((4, 4), *SHAPES[0]).time([Tuning(programs_per_sm=4)], portable=True):
+    for line in Bench("kv4", *SHAPES[0]).time([Tuning(programs_per_sm=4)], portable=True):
         say(line)
     for line in time_stores(copy):
         say(line)

@@ -7,7 +7,15 @@ codes, per page and channel s_k, z_k, per token s_v, z_v:
     p[token, h]     = 2^(score * sm_scale * log2 e - top[h])                             online softmax, fp32
     out[h, d]       = (sum_token c_v[token, d] (s_v[token] p) + sum_token z_v p) / sum_token p
 
-so no element is multiplied: a code becomes an MMA operand by masking (hopper_operands.py).  Pages travel through a ring
+Boosted keys: c = 16 first + second where s_k has its sign bit set, so first halves are multiplied by 16 |s_k| q, and
+one more MMA per 16 tokens adds
+
+    sum_t,slot second[token, slot] (sum of |s_k[d]| q[h, d] over the boosted d of lane quad t in that slot)
+
+Of a slot's channels a single one is boosted and a single quad has it, so each of the 16 sums is one product, or zero;
+a lane finds its own four without asking which channel it is.
+
+No element is multiplied: a code becomes an MMA operand by masking (hopper_operands.py).  Pages travel through a ring
 of STAGES steps of T tokens in shared memory, filled by cp.async; a lane reads back what it needs, 16 bytes at a time,
 as fragments (fragments.py).  The page in progress is in full precision and takes a program of its own.
 
@@ -15,13 +23,14 @@ Memory (codes, and pairs of fp16, are read as int32 words):
     q (batch, q_heads, D) 16 bit         codes (pages, kv_heads, PAGE, D * bits / 8) in fragment order
     key meta (pages, kv_heads, m, D)     value meta (pages, kv_heads, PAGE, 1, m)
         fp16, scale then zero; m = 1: symmetric, the zero is -2^(bits - 1) scale and takes no bytes
+    key extra (pages, kv_heads, PAGE, D / 32) uint8 in the order of slots, or None
     tail_key, tail_value (slots, PAGE, kv_heads, D)         table = req_to_token (slots, table_stride) int32
     plan (rows, 4) int32, see decode_plan.py
     partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2
 
-Bytes a token and kv head at D = 128, PAGE = 64: kv8 268, kv4 140, kv2 76.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are rounded to fp16 (p of the page in progress to
-the model's dtype), all sums are fp32.
+Bytes a token and kv head at D = 128, PAGE = 64: kv8 268, kv4 140 (boosted keys and symmetric values 142), kv2 76.
+Tolerance: error at most 2x that of bf16 PyTorch against float64 on the dequantized cache; q, s_k q and s_v p are
+rounded to fp16 (p of the page in progress to the model's dtype), all sums are fp32.
 |s_k q| may reach 2^18, and s_v 2^12 (at 4 bits, values that span 60,000), before fp16 overflows.
 """
 
@@ -52,6 +61,10 @@ from kvtuner_triton.hopper_operands import (
     probability_operand,
     query_layout,
     repeat_rows,
+    slot_factors,
+    slot_operand,
+    slot_pair_layout,
+    split_scales,
     token_layout,
     token_pair_layout,
     token_rows,
@@ -67,10 +80,11 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit(do_not_specialize=["batch", "table_stride"])
-def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key, tail_value, table, plan, partial, lse,
-                  sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr, VALUE_BITS: gl.constexpr,
-                  VALUE_META: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+def decode_kernel(q_ptr, key_codes, key_meta, key_extra, value_codes, value_meta, tail_key, tail_value, table, plan,
+                  partial, lse, sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+                  D: gl.constexpr, PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr,
+                  VALUE_BITS: gl.constexpr, VALUE_META: gl.constexpr, BOOSTED: gl.constexpr, T: gl.constexpr,
+                  STAGES: gl.constexpr, OVERLAP: gl.constexpr):
     """Program (head, row) does row `row` of the plan for kv head `head`; OVERLAP lets the merge start launching."""
     head = gl.program_id(0)
     row = gl.program_id(1)
@@ -85,11 +99,11 @@ def decode_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, tail_key,
             offset = (slot.to(gl.int64) * PAGE * KV_HEADS + head) * D
             top, total, o = attend_tail(q, tail_key + offset, tail_value + offset, last, log2_scale, KV_HEADS, D)
         else:
-            pages = (key_codes, key_meta, value_codes, value_meta)
+            pages = (key_codes, key_meta, value_codes, value_meta, key_extra)
             q_unit = (q.to(gl.float32) * QUERY_UNIT).to(gl.float16)
             top, total, o = attend_pages(q_unit, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
                                          log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, KEY_META, VALUE_BITS,
-                                         VALUE_META, T, STAGES)
+                                         VALUE_META, BOOSTED, T, STAGES)
         if OVERLAP:
             gdc_launch_dependents()
         out = (row * KV_HEADS + head).to(gl.int64) * GROUP
@@ -108,7 +122,7 @@ def load_query(q_ptr, GROUP: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.constexpr, D: gl.constexpr,
                  PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr, VALUE_BITS: gl.constexpr,
-                 VALUE_META: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
+                 VALUE_META: gl.constexpr, BOOSTED: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
     """Pages first .. last - 1 of one request, first < last -> top (8 heads), total (lane sums), o (D, 8).
 
     q: (8, D) fp16, times QUERY_UNIT.
@@ -121,7 +135,8 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
     value_unit = field_factor(gl.arange(0, T, layout=token_layout(T)), VALUE_BITS) * VALUE_UNIT
 
     ring = (stages(STAGES, T * D * KEY_BITS // 32), stages(STAGES, D * KEY_META // 2),
-            stages(STAGES, T * D * VALUE_BITS // 32), stages(STAGES, T * VALUE_META // 2))
+            stages(STAGES, T * D * VALUE_BITS // 32), stages(STAGES, T * VALUE_META // 2),
+            stages(STAGES, T * D // 128) if BOOSTED else None)
     steps = (last - first) * SUB
     for k in gl.static_range(STAGES - 1):
         page = gl.load(table + (first + gl.minimum(k, steps - 1) // SUB) * PAGE) // PAGE
@@ -146,9 +161,13 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
         else:
             zero = scale * -(2.0 ** (KEY_BITS - 1))
         scale = gl.convert_layout(scale, gl.SliceLayout(0, query_layout(D)), assert_trivial=True)
+        score = gl.zeros([T, 8], gl.float32, layout=accumulator())
+        if BOOSTED:
+            scale, half_scale = split_scales(scale)
+            extra = slot_operand(ring[4].index(now).load(slot_pair_layout(T, D)), T, D)
+            score = mma_v2(extra, slot_factors(q, half_scale, D), score)
         keys = key_operand(ring[0].index(now).load(words), T, D, KEY_BITS)
-        score = mma_v2(keys, channel_operand(q_fields * scale[None, :], D),
-                       gl.zeros([T, 8], gl.float32, layout=accumulator()))
+        score = mma_v2(keys, channel_operand(q_fields * scale[None, :], D), score)
         offset = mma_v2(channel_row(zero, D), q_operand, gl.zeros([16, 8], gl.float32, layout=accumulator()))
         score = score * (log2_scale * CODE_UNIT) + repeat_rows(offset, T) * log2_scale
         top, total, alpha, p = softmax_step(score, top, total, T)
@@ -181,6 +200,8 @@ def fill(ring, stage, pages, row, sub, inside, SUB: gl.constexpr):
     copy_words(ring[1].index(stage), pages[1], row, inside)
     copy_words(ring[2].index(stage), pages[2], row * SUB + sub, inside)
     copy_words(ring[3].index(stage), pages[3], row * SUB + sub, inside)
+    if ring[4] is not None:
+        copy_words(ring[4].index(stage), pages[4], row * SUB + sub, inside)
     async_copy.commit_group()
 
 

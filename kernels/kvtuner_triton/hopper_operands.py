@@ -40,6 +40,33 @@ UNPACK_2 = gl.constexpr("""{
     and.b32 $7, h, 0x00c000c0;
 }""")
 
+# Two 16-bit units of slots in, nibbles 0..3 of both out.
+UNPACK_SLOTS = gl.constexpr("""{
+    .reg .b32 a, b, c;
+    shr.u32 a, $4, 4;
+    shr.u32 b, $4, 8;
+    shr.u32 c, $4, 12;
+    and.b32 $0, $4, 0x000f000f;
+    and.b32 $1, a, 0x000f000f;
+    and.b32 $2, b, 0x000f000f;
+    and.b32 $3, c, 0x000f000f;
+}""")
+# Two scales in; out: 16 |s| where the sign bit is set, else s; and |s| where it is set, else 0.  16 |s| = s + 17 |s|.
+SPLIT_SCALES = gl.constexpr("""{
+    .reg .b32 n, z;
+    mov.b32 z, 0;
+    neg.f16x2 n, $2;
+    max.f16x2 $1, n, z;
+    mov.b32 z, 0x4c404c40;
+    fma.rn.f16x2 $0, $1, z, $2;
+}""")
+SWAP = gl.constexpr("""{
+    .reg .pred p;
+    setp.ne.b32 p, $4, 0;
+    selp.b32 $0, $3, $2, p;
+    selp.b32 $1, $2, $3, p;
+}""")
+
 
 @gluon.constexpr_function
 def accumulator():
@@ -83,6 +110,29 @@ def query_layout(D):
 def channel_pair_layout(D):
     """(D/2 words of two fp16) of one value a channel: lane (g, t) has the words of channels D/4 t .. D/4 (t + 1)."""
     return linear([[c] for c in powers(1, D // 8)], [[D // 8], [D // 4], [0], [0], [0]], [D // 2])
+
+
+@gluon.constexpr_function
+def slot_pair_layout(T, D):
+    """(T/32 tiles, 8 g, D/32 words of two slots) flat: lane (g, t) has the words of its 64 channels, of tokens 4 g.."""
+    width = D // 32
+    lane = [[0], [2 if D == 128 else 0], [width], [2 * width], [4 * width]]
+    return linear([[1]] + [[t] for t in powers(8 * width, T * D // 128)], lane, [T * D // 128])
+
+
+@gluon.constexpr_function
+def slot_layout(T, D):
+    """(T row order, 2 u, parts, lane quads a part, 2 e): the A operand (T, 16) of second halves, columns apart."""
+    reg = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 1, 0, 0, 0]] + [[r, 0, 0, 0, 0] for r in powers(16, T)]
+    quads = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0] if D == 128 else [0, 0, 0, 2, 0]]
+    rows = [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
+    return linear(reg, quads + rows, [T, 2, D // 64, 256 // D, 2])
+
+
+@gluon.constexpr_function
+def slot_sum_layout():
+    """(8 heads, 4 t, 2 e): lane (g, t) has head g, quad t."""
+    return linear([[0, 0, 1]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [8, 4, 2])
 
 
 @gluon.constexpr_function
@@ -186,6 +236,79 @@ def channel_operand(x, D: gl.constexpr):
     """(8 heads, D channels) -> B operand (D, 8), channels in the column order of `key_operand`."""
     x = x.reshape([8, 4, D // 8, 2]).permute([2, 1, 3, 0])  # u, t, e | head
     return gl.convert_layout(x.reshape([D, 8]), operand_b(), assert_trivial=True)
+
+
+@gluon.jit
+def split_scales(scale):
+    """Signed scales (D) fp16 -> what first halves, or whole codes, and what second halves are multiplied by."""
+    return gl.inline_asm_elementwise(SPLIT_SCALES, "=r,=r,r", [scale], dtype=(gl.float16, gl.float16), is_pure=True,
+                                     pack=2)
+
+
+@gluon.jit
+def slot_factors(q, scale, D: gl.constexpr):
+    """q (8 heads, D) fp16, scale (D) of second halves -> B operand (16, 8): one row a lane quad and slot.
+
+    Row 8 u + 2 t + e is the sum of q scale over the channels of slot 2 u + e that quad t has.  A boosted channel is in
+    one quad, so the sum over quads of rows times second halves is exact but for one rounding of q scale to fp16.
+    """
+    scale, _ = gl.broadcast(scale[None, :], q)
+    low, high = sum_pairs(q.reshape([8, 4, D // 16, 2, 2]), scale.reshape([8, 4, D // 16, 2, 2]))
+    t = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, slot_sum_layout())))
+    other = t // (128 // D) % 2  # a quad with channels c % 64 >= 32 has them in slots c % 4 ^ 2
+    other, _ = gl.broadcast(other.to(gl.int16)[None, :, None], low)
+    low, high = gl.inline_asm_elementwise(SWAP, "=r,=r,r,r,r", [low, high, other], dtype=(gl.float16, gl.float16),
+                                          is_pure=True, pack=2)
+    x = gl.join(low, high).permute([3, 1, 2, 0])  # u, t, e | head
+    return gl.convert_layout(x.reshape([16, 8]), operand_b(), assert_trivial=True)
+
+
+@gluon.jit
+def sum_pairs(q, scale):
+    """(8, 4, n, 2, 2) twice -> sums of products over n of pair 0 and of pair 1, (8, 4, 2) each."""
+    n: gl.constexpr = q.shape[2]
+    low = gl.zeros([8, 4, 2], gl.float16, layout=slot_sum_layout())
+    high = gl.zeros([8, 4, 2], gl.float16, layout=slot_sum_layout())
+    return add_pairs(q, scale, low, high, n)
+
+
+@gluon.jit
+def add_pairs(q, scale, low, high, N: gl.constexpr):
+    """Halve N until one product of each pair is left: an HFMA2 each, where a sum over N would multiply, then add."""
+    if N == 1:
+        q_low, q_high = gl.split(q.reshape([8, 4, 2, 2]).permute([0, 1, 3, 2]))
+        scale_low, scale_high = gl.split(scale.reshape([8, 4, 2, 2]).permute([0, 1, 3, 2]))
+        low = fma_pairs(q_low, scale_low, low)
+        high = fma_pairs(q_high, scale_high, high)
+    else:
+        q_a, q_b = gl.split(q.reshape([8, 4, 2, N // 2, 2, 2]).permute([0, 1, 3, 4, 5, 2]))
+        scale_a, scale_b = gl.split(scale.reshape([8, 4, 2, N // 2, 2, 2]).permute([0, 1, 3, 4, 5, 2]))
+        low, high = add_pairs(q_a, scale_a, low, high, N // 2)
+        low, high = add_pairs(q_b, scale_b, low, high, N // 2)
+    return low, high
+
+
+@gluon.jit
+def fma_pairs(x, y, z):
+    """x y + z in fp16, in z's layout."""
+    x = gl.convert_layout(x, slot_sum_layout(), assert_trivial=True)
+    y = gl.convert_layout(y, slot_sum_layout(), assert_trivial=True)
+    return gl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], dtype=gl.float16,
+                                     is_pure=True, pack=2)
+
+
+@gluon.jit
+def slot_operand(words, T: gl.constexpr, D: gl.constexpr):
+    """The words of second halves of T tokens -> A operand (T, 16), code * 2^-24, columns as in `slot_factors`."""
+    a, b, c, d = gl.inline_asm_elementwise(
+        UNPACK_SLOTS, "=r,=r,=r,=r,r", [split_words(words)],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2)
+    x = gl.join(gl.join(a, b), gl.join(c, d)).reshape([T // 32, 8, D // 64, 2, 2, 2, 2])
+    x = x.permute([0, 6, 5, 1, 3, 2, 4]).reshape([T, 2, D // 64, 2])  # tile, m, half, g | u | part | e
+    x = gl.convert_layout(x, gl.SliceLayout(3, slot_layout(T, D)), assert_trivial=True)
+    zeros = gl.zeros([T, 2, D // 64, 256 // D, 2], gl.float16, layout=slot_layout(T, D))
+    x, _ = gl.broadcast(gl.expand_dims(x, 3), zeros)  # every quad of a part reads the same
+    return gl.convert_layout(x.reshape([T, 16]), operand_a(), assert_trivial=True)
 
 
 @gluon.jit

@@ -120,6 +120,7 @@ def load_own(new, tail, position, shift, stride, start, stop, PAGE: tl.constexpr
     """In full precision (N, D): from `start` on new, before from the tail; 0 from `stop` on."""
     old = tail + position % PAGE * WIDTH
     at = tl.where(position < start, old, new + (shift + position).to(tl.int64) * stride)
+    at = tl.multiple_of(at, 16)  # bytes: the compiler cannot tell once two pointers are mixed
     return tl.load(at[:, None] + tl.arange(0, D)[None, :], mask=(position < stop)[:, None], other=0.0)
 
 
@@ -155,7 +156,8 @@ def prefix_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tail_key
     """out (tokens, q_heads, head_dim) = attention of q, same shape, by the visibility rule.
 
     k, v (tokens, kv_heads, head_dim); tails (slots, page, kv_heads, head_dim), None: per-token formats; scratch as
-    unpacked; requests, tiles: from prefix_tables with the same tuning.tokens, on the device.  Heads are contiguous.
+    unpacked; requests, tiles: from prefix_tables with the same tuning.tokens, on the device.  The heads of a token are
+    contiguous, and every row begins at a multiple of 16 bytes.
     """
     kv_heads, head_dim = k.shape[1:]
     group = q.shape[1] // kv_heads

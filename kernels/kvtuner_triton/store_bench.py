@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, kv_format
+from kvtuner_sglang.quant.format import PER_CHANNEL, PER_TOKEN
+from kvtuner_triton import layout
 from kvtuner_triton.decode import PackedPages
 from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
 from kvtuner_triton.store_case import CONTENTS, expected, random_store_case
@@ -15,48 +18,58 @@ PAGE, KV_HEADS, D, TOKENS, LAYERS = 64, 4, 128, 8192, 28
 ROTATED_BYTES = 160e6  # more than the L2 cache
 
 
+def paged(key_bits: int, value_bits: int, boost: bool | None = None) -> KVFormat:
+    return kv_format(bits_key=key_bits, bits_value=value_bits, axis_key=PER_CHANNEL, axis_value=PER_TOKEN,
+                     group_size=None, asym=True, key_boost=boost)
+
+
+FORMATS = {"kv4": paged(4, 4), "kv4 plain": paged(4, 4, False), "kv8": paged(8, 8), "kv2": paged(2, 2),
+           "k8v4": paged(8, 4), "k4v8": paged(4, 8), "k4v2": paged(4, 2)}
+
+
 def check_stores() -> Iterator[tuple[str, bool]]:
     """(what, whether every byte equals the CPU reference)."""
-    for bits, symmetric in (((4, 4), (False, False)), ((8, 2), (True, True)), ((2, 8), (False, True))):
+    kinds = (((4, 4), (False, True), True), ((4, 4), (False, False), False), ((8, 2), (True, True), False),
+             ((2, 8), (False, True), False))
+    for bits, symmetric, boosted in kinds:
         for content in CONTENTS:
             case = random_store_case([200, 64, 130], [150, 64, 3], kv_heads=2, head_dim=D, page=PAGE, key_bits=bits[0],
-                                     value_bits=bits[1], symmetric=symmetric, content=content, device="cuda")
+                                     value_bits=bits[1], symmetric=symmetric, boosted=boosted, content=content,
+                                     device="cuda")
             truth = expected(case)
             case.run(decode=False)
-            same = all(torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8))
-                       for x, y in zip(case.written, truth.written, strict=True))
-            yield f"store k{bits[0]}v{bits[1]} {content}", same
+            yield f"store k{bits[0]}v{bits[1]}{' boosted' * boosted} {content}", not case.wrong(truth)
     case = random_store_case([64, 70, 128, 1], [1, 1, 1, 1], kv_heads=4, head_dim=D, page=PAGE, key_bits=4,
-                             value_bits=4, device="cuda")
+                             value_bits=4, symmetric=(False, True), boosted=True, device="cuda")
     truth = expected(case)
     case.run(decode=True)
-    yield "store, decode step", all(torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8))
-                                    for x, y in zip(case.written, truth.written, strict=True))
+    yield "store kv4 boosted, decode step", not case.wrong(truth)
 
 
 class Layers:
     """Keys, values and pages of `sets` layers, rows strided as in a fused projection of 28/4/128."""
 
-    def __init__(self, tokens: int, pages: int, bits: int, per_token: bool = False) -> None:
-        read = tokens * KV_HEADS * D * 2 * 2
-        meta = 4 * D if not per_token else 4 * PAGE
-        written = tokens / PAGE * KV_HEADS * (PAGE * D * bits // 8 * 2 + meta + 4 * PAGE)
-        self.bytes = read + written
+    def __init__(self, fmt: KVFormat, tokens: int, pages: int) -> None:
+        shape = KVShape(KV_HEADS, D, 2, PAGE)
+        self.bytes = tokens * (KV_HEADS * D * 2 * 2 + shape.bytes_per_token((fmt,)))
         self.sets = max(1, min(LAYERS, int(-(-ROTATED_BYTES // self.bytes))))
         rows = torch.randn(self.sets, tokens, 36 * D, device="cuda").bfloat16()
         self.key, self.value = (rows[..., a * D:(a + 4) * D].unflatten(-1, (KV_HEADS, D)) for a in (28, 32))
-        meta_shapes = ((PAGE, 1, 2) if per_token else (2, D), (PAGE, 1, 2))
-        self.keys, self.values = (
-            [PackedPages(bits, torch.zeros((pages, KV_HEADS, PAGE, D * bits // 8), dtype=torch.uint8, device="cuda"),
-                         torch.zeros((pages, KV_HEADS, *shape), dtype=torch.float16, device="cuda"))
-             for _ in range(self.sets)] for shape in meta_shapes)
+        self.q = rows[..., :28 * D].unflatten(-1, (28, D)) if fmt.key.boosted else [None] * self.sets
+        self.keys, self.values = ([empty_pages(t, shape, pages) for _ in range(self.sets)]
+                                  for t in (fmt.key, fmt.value))
+
+
+def empty_pages(fmt: TensorFormat, shape: KVShape, pages: int) -> PackedPages:
+    packed = layout.allocate(fmt, shape, pages, torch.bfloat16, "cuda")
+    return PackedPages(fmt.bits, packed.codes, packed.meta, packed.extra)
 
 
 class Prefill(Layers):
     """One request of TOKENS tokens, stored in every layer."""
 
-    def __init__(self, bits: int) -> None:
-        super().__init__(TOKENS, TOKENS // PAGE + 1, bits)
+    def __init__(self, fmt: KVFormat) -> None:
+        super().__init__(fmt, TOKENS, TOKENS // PAGE + 1)
         self.tails = torch.zeros(2, 2, PAGE, KV_HEADS, D, dtype=torch.bfloat16, device="cuda")
         pages = torch.randperm(TOKENS // PAGE, device="cuda") + 1
         self.table = (pages[:, None] * PAGE + torch.arange(PAGE, device="cuda")).view(1, -1).int().repeat(2, 1)
@@ -65,17 +78,17 @@ class Prefill(Layers):
         self.items = extend_items([TOKENS], [TOKENS], PAGE).cuda()
 
     def run(self, warps: int | None = None) -> None:
-        for layer in zip(self.key, self.value, self.keys, self.values, strict=True):
+        for *layer, q in zip(self.key, self.value, self.keys, self.values, self.q, strict=True):
             store_extend_pages(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
-                               self.items, warps)
+                               self.items, q, warps)
             store_extend_tails(*layer[:2], *self.tails, self.slots, self.lengths, self.lengths, self.rows)
 
 
 class Step(Layers):
     """A decode step of `batch` requests in every layer; all complete a page, or they are spread over the page."""
 
-    def __init__(self, bits: int, batch: int, complete: bool) -> None:
-        super().__init__(batch, batch + 1, bits)
+    def __init__(self, fmt: KVFormat, batch: int, complete: bool) -> None:
+        super().__init__(fmt, batch, batch + 1)
         self.tails = torch.zeros(2, batch + 1, PAGE, KV_HEADS, D, dtype=torch.bfloat16, device="cuda")
         self.slots = torch.arange(batch, device="cuda") + 1
         self.table = (torch.arange(batch + 1, device="cuda") * PAGE)[:, None] + torch.arange(PAGE, device="cuda")
@@ -86,14 +99,14 @@ class Step(Layers):
         for i in range(LAYERS):
             j = i % self.sets
             store_decode(self.key[j], self.value[j], self.keys[j], self.values[j], *self.tails, self.table, self.slots,
-                         self.lengths)
+                         self.lengths, self.q[j])
 
 
 class Tokens(Layers):
     """TOKENS tokens of a per-token format in every layer."""
 
     def __init__(self, bits: int) -> None:
-        super().__init__(TOKENS, TOKENS // PAGE, bits, per_token=True)
+        super().__init__(KVFormat(TensorFormat(bits), TensorFormat(bits)), TOKENS, TOKENS // PAGE)
         self.locations = torch.randperm(TOKENS, device="cuda")
 
     def run(self) -> None:
@@ -103,23 +116,23 @@ class Tokens(Layers):
 
 def time_stores(copy_rate: float) -> Iterator[str]:
     """Rows of the table; copy_rate in GB/s, read and write counted."""
-    for bits in (4, 8, 2):
-        case = Prefill(bits)
+    for name in ("kv4", "kv4 plain", "kv8", "kv2"):
+        case = Prefill(FORMATS[name])
         works = {"": case.run}
-        if bits == 4:
+        if name == "kv4":
             works |= {" 2 warps": lambda case=case: case.run(2), " 8 warps": lambda case=case: case.run(8)}
-        for name, us in graph_times(works).items():
-            yield rate_row(f"kv{bits}{name}", us / case.sets, case.bytes, copy_rate)
+        for how, us in graph_times(works).items():
+            yield rate_row(name + how, us / case.sets, case.bytes, copy_rate)
     case = Tokens(4)
     yield rate_row("kv4_token", graph_times({"": case.run})[""] / case.sets, case.bytes, copy_rate)
     for complete in (False, True):
-        us = graph_times({"": Step(4, 64, complete).run})[""] / LAYERS
+        us = graph_times({"": Step(FORMATS["kv4"], 64, complete).run})[""] / LAYERS
         yield f"store kv4 decode step, batch 64, {'all complete a page' if complete else 'spread'}: {us:.2f} us a layer"
 
 
 def rate_row(name: str, us: float, size: float, copy_rate: float) -> str:
     rate = size / us / 1e3
-    return f"store {name:12} {TOKENS} tokens: {us:6.1f} us {rate:5.0f} GB/s {100 * rate / copy_rate:3.0f} % of copy"
+    return f"store {name:13} {TOKENS} tokens: {us:6.1f} us {rate:5.0f} GB/s {100 * rate / copy_rate:3.0f} % of copy"
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.kernel_bench.config import KernelsConfig
+from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat
@@ -99,6 +100,7 @@ class ServerConfig:
     """What is the same for every format of a comparison. Times in seconds, `kv_gib` in GiB per rank."""
 
     device: Literal["auto", "cpu", "cuda"]
+    attention: Attention
     kv_gib: PositiveFloat
     context_length: PositiveInt
     max_running_requests: PositiveInt

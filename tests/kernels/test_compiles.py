@@ -17,8 +17,9 @@ from kvtuner_triton import store, unpack
 from kvtuner_triton.decode_hopper import decode_kernel
 from kvtuner_triton.prefix import PrefixTuning, prefix_kernel, prefix_tuning
 
-SHAPES = ((4, 4, 128, 64, 64), (8, 2, 64, 128, 32))  # key bits, value bits, head_dim, page, tokens a step
-FORMATS = ((4, 4, 128, 64, True), (4, 8, 64, 128, True), (2, 4, 128, 128, False))  # as above; boosted
+# key bits, boosted, value bits, head_dim, page, tokens a step
+SHAPES = ((4, True, 4, 128, 64, 64), (4, True, 4, 64, 128, 32), (8, False, 2, 64, 128, 32))
+FORMATS = ((4, 4, 128, 64, True), (4, 8, 64, 128, True), (2, 4, 128, 128, False))  # key and value bits, .., boosted
 TILES = ((4, 64, 128, "bf16"), (7, 64, 128, "bf16"), (1, 128, 64, "fp16"), (2, 0, 128, "bf16"), (1, 64, 128, "fp32"))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,23 +41,29 @@ def typed(**names: str) -> dict[str, str]:
     return {name: kind[:-1] if kind.endswith("_") else f"*{kind}" for kind, x in names.items() for name in x.split()}
 
 
-def decode_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, step: int) -> str:
+def decode_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, step: int) -> str:
     constants = {"KV_HEADS": 4, "GROUP": 7, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits,
-                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "T": step, "STAGES": 2, "OVERLAP": False}
+                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "BOOSTED": boosted, "T": step,
+                 "STAGES": 2, "OVERLAP": False}
+    if not boosted:
+        constants["key_extra"] = None
     types = typed(bf16="q_ptr tail_key tail_value", fp32="partial lse", fp32_="sm_scale", i32_="batch table_stride")
     return ptx_for_hopper(decode_kernel, constants, types, 1, source=GluonASTSource)
 
 
-def store_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, half: str) -> str:
+def store_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, half: str) -> str:
     """half: "pages" or "tails" of an extend, or "decode", which does both."""
     constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
                  "VALUE_BITS": value_bits, "VALUE_META": 1, "DECODE": half == "decode", "PAGES": half != "tails",
-                 "TAILS": half != "pages"}
+                 "TAILS": half != "pages", "GROUP": 7 if boosted else 0}
+    if not boosted:
+        constants |= {"q": None, "key_extra": None}
     packed = ("key_codes", "key_meta", "value_codes", "value_meta", "table")
     if half != "pages":
         constants |= dict.fromkeys(("items", *(packed if half == "tails" else ("new_lens", "rows"))))
-    types = typed(bf16="key value tail_key tail_value", u8="key_codes value_codes", fp16="key_meta value_meta",
-                  i64="slots seq_lens", i32_="key_stride value_stride table_stride")
+    types = typed(bf16="q key value tail_key tail_value", u8="key_codes key_extra value_codes",
+                  fp16="key_meta value_meta", i64="slots seq_lens",
+                  i32_="q_stride key_stride value_stride table_stride")
     return ptx_for_hopper(store.page_kernel, constants, types, page // 16)
 
 
@@ -98,7 +105,7 @@ if __name__ == "__main__":
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert ".local" not in ptx  # no array of a lane's lives in memory
     for part in ("pages", "tails", "decode"):
-        store_ptx(4, 8, 128, 64, part)
+        store_ptx(4, part != "tails", 8, 128, 64, part)
     for fmt in FORMATS:
         ptx = unpack_ptx(*fmt)
         assert "ld.global.v4.b32" in ptx  # codes, 16 bytes a lane
@@ -108,4 +115,5 @@ if __name__ == "__main__":
     for tile in TILES:
         ptx = prefix_ptx(*tile)
         assert ("wgmma.mma_async" in ptx) == (tile[-1] != "fp32")
-        assert "cp.async" in ptx or tile[-1] == "fp32"  # loads run ahead
+        assert "cp.async.cg" in ptx or tile[-1] == "fp32"  # loads run ahead, 16 bytes each
+        assert "ld.global.b16" not in ptx

@@ -46,6 +46,21 @@ def test_every_code_is_where_the_formula_says(bits, head_dim, page, seed):
             assert field(values[base + at], u, bits) == code
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([64, 128]), st.sampled_from([32, 64, 128]), st.integers(0, 2**32 - 1))
+def test_second_halves_are_where_the_formula_says(head_dim, page, seed):
+    slots = head_dim // 16
+    halves = random_codes(4, slots, page, seed)
+    packed = fragments.order_slots(halves)
+    assert packed.shape == (2, 3, page, slots // 2)
+    assert torch.equal(fragments.restore_slots(packed), halves)
+    units = packed[1, 2].flatten().view(torch.int16).tolist()
+    for token in range(page):
+        tile, g, i = token // 32, token % 32 // 4, token % 4
+        for slot in range(slots):
+            assert (units[(8 * tile + g) * slots + slot] >> 4 * i) & 15 == int(halves[1, 2, token, slot])
+
+
 def place(u, row_tiles, m, g, t, e, half, bits):
     """Byte in a tile, from the docstring."""
     word = u // (8 // bits) * row_tiles + m

@@ -30,6 +30,8 @@ class FusedBackend(AttentionBackend):
     """The attention backend `kvtuner` by fused kernels; all layers have one format."""
 
     attention = "fused"
+    step: DecodeWorkspace  # of the pass that runs, if it decodes
+    extend: ExtendPass  # of the pass that runs, if it extends
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
@@ -47,8 +49,6 @@ class FusedBackend(AttentionBackend):
         self.multiprocessors = None if model_runner.device == "cuda" else 1
         self.largest: DecodeWorkspace | None = None
         self.workspaces: dict[int, DecodeWorkspace] = {}
-        self.step: DecodeWorkspace | None = None
-        self.extend: ExtendPass | None = None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Graphs keep the buffers' addresses, so they are made once, for the largest batch."""
@@ -60,14 +60,14 @@ class FusedBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """What the host does once a pass: nothing for decoding, tables for an extend."""
         if forward_batch.forward_mode.is_decode_or_idle():
-            self.step = self._workspace(forward_batch.batch_size) if forward_batch.batch_size else None
+            self.step = self._workspace(forward_batch.batch_size)
         else:
             self.extend = plan_extend(forward_batch, self.pool.page_size if self.per_channel else None,
                                       self.prefix_tuning)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Divide a decode step's work, once for all layers; recorded in the graph."""
-        if forward_batch.forward_mode.is_decode_or_idle() and self.step is not None:
+        if forward_batch.forward_mode.is_decode_or_idle():
             self.step.plan(forward_batch.seq_lens, forward_batch.req_pool_indices)
 
     def forward_decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any,

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from kvtuner_sglang.config import DistConfig, QuantConfig
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.arithmetic import arithmetic_items
 from kvtuner_sglang.quality.compare import TokenRows
@@ -40,6 +41,7 @@ class Subject:
     model_sha256: str
     device: str
     dtype: str
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,10 @@ def _questions(tokenizer: Any, items: list[CompletionItem]) -> Questions:
     return Questions(prompts, [both[len(prompt):] for prompt, both in zip(prompts, whole, strict=True)])
 
 
-def plugin_keywords(quant: QuantConfig, kv_gib: float, kv_noise: float = 0.0) -> dict[str, Any]:
+def plugin_keywords(quant: QuantConfig, kv_gib: float, kv_noise: float = 0.0,
+                    attention: Attention = "auto") -> dict[str, Any]:
     """`sglang.Engine` keywords that serve `quant`; only those that differ from the plugin's defaults."""
-    options = replace(quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_kv_noise=kv_noise)
+    options = replace(quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_kv_noise=kv_noise, kvtuner_attention=attention)
     default = asdict(KvtunerOptions())
     return {name: value for name, value in asdict(options).items() if value != default[name]}
 
@@ -144,7 +147,8 @@ def measure(subject: Subject, quant: QuantConfig, config: QualityConfig, *, seed
     plain = engine_spec(subject, prompts, config, {"kvtuner_kv_gib": config.kv_gib}, seed, chunked_prefill_tokens)
     reference_dir, reference = full_precision(plain, subject.model_sha256, cache_dir, config.timeout_s,
                                               work_dir / "full_precision.log", say)
-    spec = replace(plain, plugin=plugin_keywords(quant, config.kv_gib, kv_noise), page_size=quant.page_size,
+    keywords = plugin_keywords(quant, config.kv_gib, kv_noise, subject.attention)
+    spec = replace(plain, plugin=keywords, page_size=quant.page_size,
                    out_dir=str(work_dir), reference_dir=str(reference_dir), port=_free_port())
     say(f"{quant.name}: starting an engine")
     result = run_engine(spec, config.timeout_s, work_dir / "quantized.log", lambda line: say(f"{quant.name}: {line}"))

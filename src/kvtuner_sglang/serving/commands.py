@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvtuner_sglang.config import QuantConfig, RunConfig
+from kvtuner_sglang.config import QuantConfig, RunConfig, ServerConfig
 from kvtuner_sglang.cpu_engine.environment import cpu_server_arguments, cpu_server_environment
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.plugin.options import KvtunerOptions, flags_of
@@ -53,11 +53,12 @@ class NodeCommand:
         return "#!/bin/sh\nexec env \\\n  " + " \\\n  ".join(words) + "\n"
 
 
-def kvtuner_options(quant: QuantConfig, kv_gib: float, heartbeat_dir: Path,
+def kvtuner_options(quant: QuantConfig, server: ServerConfig, heartbeat_dir: Path,
                     measurement: Measurement) -> KvtunerOptions:
     """What the plugin of every node is asked for; the byte budget and the sign of life without quantization, too."""
     return replace(
-        quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_heartbeat_dir=str(heartbeat_dir),
+        quant.options(), kvtuner_kv_gib=server.kv_gib, kvtuner_attention=server.attention,
+        kvtuner_heartbeat_dir=str(heartbeat_dir),
         kvtuner_kv_noise=measurement.kv_noise,
         kvtuner_logits_dir=None if measurement.logits_dir is None else str(measurement.logits_dir),
     )
@@ -67,7 +68,7 @@ def node_commands(config: RunConfig, checkpoint: Checkpoint, ports: Ports, heart
                   measurement: Measurement | None = None) -> tuple[NodeCommand, ...]:
     """One command per node, node 0 first; every node gets the same plugin flags."""
     device = serving_device(config.server)
-    quant = kvtuner_options(config.quant, config.server.kv_gib, heartbeat_dir, measurement or Measurement())
+    quant = kvtuner_options(config.quant, config.server, heartbeat_dir, measurement or Measurement())
     commands = []
     for node_rank, (host, port) in enumerate(zip(config.dist.hosts, ports.http, strict=True)):
         argv = (

@@ -69,7 +69,7 @@ def subject_of(config: RunConfig, checkpoint: Checkpoint) -> Subject:
     device = serving_device(config.server)
     own = config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda
     dtype = own if config.quality.dtype == "model" else config.quality.dtype
-    return Subject(checkpoint.path, checkpoint.sha256, device, dtype)
+    return Subject(checkpoint.path, checkpoint.sha256, device, dtype, config.server.attention)
 
 
 def _measure(config: RunConfig, subject: Subject, say: Say) -> Quality:

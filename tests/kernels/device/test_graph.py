@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from kvtuner_triton.decode import DecodeWorkspace, decode_attention, default_tuning
+from kvtuner_triton.decode import DecodeWorkspace, PackedPages, decode_attention, default_tuning
 from kvtuner_triton.decode_case import attend, random_case, relative_error
 from kvtuner_triton.store import store_decode
 
 pytestmark = pytest.mark.gpu
-SHAPE = {"q_heads": 14, "kv_heads": 2, "head_dim": 128, "page": 64, "key_bits": 4, "value_bits": 4}
+SHAPE = {"q_heads": 14, "kv_heads": 2, "head_dim": 128, "page": 64, "key_bits": 4, "value_bits": 4,
+         "symmetric": (False, True), "boosted": True}
+
+
+def stored(case):
+    return case.keys.codes, case.keys.meta, case.keys.extra, case.values.codes, case.values.meta
 
 
 def test_replays_with_other_lengths_slots_and_pages(device):
@@ -20,8 +25,8 @@ def test_replays_with_other_lengths_slots_and_pages(device):
     slots, seq_lens = first.slots.clone(), first.seq_lens.clone()
     table = torch.zeros(6, rows, dtype=torch.int32, device=device)
     buffers = [torch.zeros(pages, *x.shape[1:], dtype=x.dtype, device=device)
-               for x in (first.keys.codes, first.keys.meta, first.values.codes, first.values.meta)]
-    keys, values = (type(x)(x.bits, *buffers[i:i + 2]) for x, i in ((first.keys, 0), (first.values, 2)))
+               for x in stored(first)]
+    keys, values = PackedPages(4, *buffers[:3]), PackedPages(4, *buffers[3:])
     q, tail_key, tail_value = (x.clone() for x in (first.q, first.tail_key, first.tail_value))
     new_key, new_value = (torch.zeros(4, 2, 128, dtype=q.dtype, device=device) for _ in range(2))
     out = torch.empty_like(q)
@@ -33,8 +38,7 @@ def test_replays_with_other_lengths_slots_and_pages(device):
         seq_lens.copy_(case.seq_lens)
         q.copy_(case.q)
         table[:, :case.req_to_token.shape[1]] = case.req_to_token
-        sources = (case.keys.codes, case.keys.meta, case.values.codes, case.values.meta)
-        for buffer, x in zip(buffers, sources, strict=True):
+        for buffer, x in zip(buffers, stored(case), strict=True):
             buffer[:len(x)] = x
         last = (case.seq_lens - 1) % 64
         for tail, source, new in ((tail_key, case.tail_key, new_key), (tail_value, case.tail_value, new_value)):
@@ -49,7 +53,7 @@ def test_replays_with_other_lengths_slots_and_pages(device):
 
     def step():
         work.plan(seq_lens, slots)
-        store_decode(new_key, new_value, keys, values, tail_key, tail_value, table, slots, seq_lens)
+        store_decode(new_key, new_value, keys, values, tail_key, tail_value, table, slots, seq_lens, q)
         decode_attention(work, q, keys, values, tail_key, tail_value, table, first.sm_scale, out)
 
     load(first)

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
+from kvtuner_triton.layout import boost_slots
+from kvtuner_triton.store import store_decode
 from kvtuner_triton.store_case import CONTENTS, expected, random_content, random_store_case
 from kvtuner_triton.store_token import store_by_location
 
 BITS = st.sampled_from([8, 4, 2])
-
-
-NAMES = ("key codes", "key meta", "value codes", "value meta", "tail key", "tail value")
 
 
 def check(case, decode):
@@ -23,23 +22,20 @@ def check(case, decode):
         case.run(decode)
     else:  # attention reads the old tails between the two halves
         case.store_pages()
-        check_bytes(case, [*truth.written[:4], *before[4:]])
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(case.written[4:6], before[4:6], strict=True))
         case.store_tails()
-    check_bytes(case, truth.written)
-
-
-def check_bytes(case, truth):
-    for name, x, y in zip(NAMES, case.written, truth, strict=True):
-        x = x.cpu()
-        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), f"{name}: {(x != y).sum()} differ"
+    assert case.wrong(truth) == []
 
 
 def draw_format(data):
+    boosted = data.draw(st.booleans())
+    key = {"key_bits": 4, "symmetric": (False, data.draw(st.booleans()))} if boosted else {
+        "key_bits": data.draw(BITS), "symmetric": data.draw(st.tuples(st.booleans(), st.booleans()))}
     return {"head_dim": data.draw(st.sampled_from([64, 128])), "kv_heads": data.draw(st.integers(1, 2)),
-            "page": data.draw(st.sampled_from([64, 128])), "key_bits": data.draw(BITS), "value_bits": data.draw(BITS),
-            "symmetric": data.draw(st.tuples(st.booleans(), st.booleans())),
-            "content": data.draw(st.sampled_from(CONTENTS)),
-            "dtype": data.draw(st.sampled_from([torch.bfloat16, torch.float16])), "seed": data.draw(st.integers(0, 99))}
+            "page": data.draw(st.sampled_from([64, 128])), "value_bits": data.draw(BITS), "boosted": boosted, **key,
+            "group": data.draw(st.integers(1, 4)), "content": data.draw(st.sampled_from(CONTENTS)),
+            "dtype": data.draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+            "seed": data.draw(st.integers(0, 99))}
 
 
 @settings(max_examples=12, deadline=None)
@@ -70,11 +66,45 @@ def test_padded_requests_write_to_slot_0_alone(device):
     check(case, decode=True)
 
 
+@pytest.mark.parametrize("boosted", [False, True])
 @pytest.mark.parametrize("content", CONTENTS)
-def test_groups_of_every_kind(device, content):
+def test_groups_of_every_kind(device, content, boosted):
     case = random_store_case([64], [64], kv_heads=1, head_dim=64, page=64, key_bits=4, value_bits=4,
-                             symmetric=(False, True), content=content, device=device)
+                             symmetric=(False, True), boosted=boosted, content=content, device=device)
     check(case, decode=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_boosted_channels_are_those_the_query_weighs_most(device, head_dim):
+    """One channel of each slot stands out in the query of the last token alone, so its 8-bit code is known."""
+    case = random_store_case([64], [64], kv_heads=1, head_dim=head_dim, page=64, key_bits=4, value_bits=4,
+                             symmetric=(False, True), boosted=True, device=device)
+    random = torch.Generator().manual_seed(head_dim)
+    slots = boost_slots(head_dim)
+    chosen = torch.stack([c[torch.randint(len(c), (), generator=random)]
+                          for c in ((slots == s).nonzero().flatten() for s in range(head_dim // 16))])
+    case.q[-1] = 1
+    case.q[-1, :, chosen.to(device)] = 100
+    check(case, decode=False)
+    page = int(case.req_to_token[int(case.slots[0]), 0]) // 64
+    assert torch.signbit(case.keys.meta[page, 0, 0].cpu()).nonzero().flatten().tolist() == sorted(chosen.tolist())
+
+
+def test_equally_important_channels_go_to_the_lower(device):
+    case = random_store_case([64], [64], kv_heads=1, head_dim=128, page=64, key_bits=4, value_bits=4,
+                             symmetric=(False, True), boosted=True, content="constant", device=device)
+    check(case, decode=False)
+    page = int(case.req_to_token[int(case.slots[0]), 0]) // 64
+    boosted = torch.signbit(case.keys.meta[page, 0, 0].cpu()).nonzero().flatten()
+    assert boosted.tolist() == [0, 1, 2, 3, 64, 65, 66, 67]
+
+
+def test_boosted_keys_need_queries(device):
+    case = random_store_case([64], [1], kv_heads=1, head_dim=64, page=64, key_bits=4, value_bits=4, boosted=True,
+                             device=device)
+    with pytest.raises(ValueError, match="queries"):
+        store_decode(case.key, case.value, case.keys, case.values, case.tail_key, case.tail_value, case.req_to_token,
+                     case.slots, case.seq_lens)
 
 
 @settings(max_examples=10, deadline=None)
@@ -86,8 +116,8 @@ def test_tokens_at_any_location(device, data):
                for _ in range(2)]
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     count = data.draw(st.integers(1, 39))
-    wide = random_content(data.draw(st.sampled_from(CONTENTS)), (count, 3, kv_heads, head_dim), random)
-    wide = wide.to(data.draw(st.sampled_from([torch.bfloat16, torch.float16])))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    wide = random_content(data.draw(st.sampled_from(CONTENTS)), (count, 3, kv_heads, head_dim), random, dtype)
     locations = torch.randperm((pages - 1) * page, generator=random)[:count] + page
     packed, truths = [], []
     for i, fmt in enumerate(formats):
