@@ -18,7 +18,8 @@ def graph_samples(works: Mapping[str, Callable[[], None]], repeats: int = 15) ->
 
     Starting a replay costs microseconds of its own: a work should be long against that.
     """
-    graphs, times = {}, {name: [] for name in works}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for name, work in works.items():
         work()
         torch.cuda.synchronize()
