@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import require_commit, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 from kvtuner_sglang.kernel_bench.figures import write_figures
 from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, write_table
-
-SUMS_FILE = "SHA256SUMS"
 
 
 def slug(gpu: str) -> str:
@@ -35,6 +34,7 @@ def publishable(run_dir: Path) -> RunRecord:
     samples = run_dir / record.samples.file
     if not samples.exists() or file_sha256(samples) != record.samples.sha256:
         raise UserError(f"{samples} is not what the record says: repeat the run with force=true.")
+    require_commit(record, run_dir)
     return record
 
 
@@ -51,14 +51,6 @@ def publish(run_dir: Path, folder: Path) -> list[Path]:
         shutil.copyfile(run_dir / file, kept / file)
     path = write_table(table, folder / f"{name}.csv")
     return [kept / RECORD_FILE, kept / SAMPLES_FILE, path, *write_figures(path), write_sums(folder)]
-
-
-def write_sums(folder: Path) -> Path:
-    """SHA256SUMS of every file of the folder, as `sha256sum -c` reads it."""
-    sums = folder / SUMS_FILE
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != sums)
-    sums.write_text("".join(f"{file_sha256(path)}  {path.relative_to(folder)}\n" for path in files))
-    return sums
 
 
 def main(arguments: Sequence[str]) -> None:
