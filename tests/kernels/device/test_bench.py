@@ -55,7 +55,7 @@ def test_stores_are_bit_exact(name, device):
 def test_a_wrong_store_is_seen(device, monkeypatch):
     case = store_case(SHAPE, storage("kv4"), "extend", 128, 1, device, 0)
     monkeypatch.setattr(type(case), "run", lambda self, layer: None)  # it stores nothing
-    assert wrong_bytes(case) == ("key codes", "key meta", "key extra", "value codes", "value meta")
+    assert wrong_bytes(case) == ("key codes", "key meta", "key extra", "value codes", "value meta", "tails")
 
 
 def test_stores_are_timed_in_turn_over_layers(device, monkeypatch):
