@@ -13,7 +13,7 @@ from kvtuner_sglang.speed import validity
 from kvtuner_sglang.speed.calls import Call, SpeedResult
 from kvtuner_sglang.speed.hardware import MS_PER_S, Floor
 
-RANDOM_WEIGHTS = "The weights are random (load_format=dummy): speed does not depend on them, and the text means nothing."
+RANDOM_WEIGHTS = "The weights are random (load_format=dummy): speed does not depend on them; the text means nothing."
 NO_FLOOR = "The peaks of this device are not listed, so no time was held against its physical floor."
 FP8_BITS = 8.0
 
