@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
+from kvtuner_sglang.speed.publish import published, slug
+from kvtuner_sglang.speed.tidy import table_of, to_csv
 
 PUBLISHED = Path(__file__).parents[1] / "runs" / "published"
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/SHA256SUMS"))
@@ -30,3 +32,11 @@ def test_checksums_cover_every_file_and_hold(folder):
 def test_the_quality_table_is_what_the_records_give():
     folder = PUBLISHED / "quality"
     assert (folder / CSV_FILE).read_text() == summarize(folder).to_csv(index=False, float_format="%.6g")
+
+
+def test_the_engine_tables_are_what_the_records_give():
+    folder = PUBLISHED / "engine"
+    records = published(folder)
+    tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
+    given = {slug(str(gpu)): to_csv(rows) for gpu, rows in table_of(records).groupby("gpu")} if records else {}
+    assert tables == given
