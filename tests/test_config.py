@@ -12,7 +12,7 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-GROUPS = ("model", "quant", "dist", "workload", "tracking", "speed")
+GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed")
 SPEED_ALONE = {"model=qwen2_5_7b_dummy", "model=tiny_dummy", "quant=fp8"}  # one rank, and no other task
 
 

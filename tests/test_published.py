@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_sglang.evidence.published import slug
+from kvtuner_sglang.kernel_bench.publish import publishable
+from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
-from kvtuner_sglang.speed.publish import published, slug
+from kvtuner_sglang.speed.publish import published
 from kvtuner_sglang.speed.tidy import table_of, to_csv
 
 PUBLISHED = Path(__file__).parents[1] / "runs" / "published"
+KERNELS = sorted(path.parent for path in PUBLISHED.glob("kernels/*/record.json"))
 FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/SHA256SUMS"))
 
 
@@ -32,6 +36,19 @@ def test_checksums_cover_every_file_and_hold(folder):
 def test_the_quality_table_is_what_the_records_give():
     folder = PUBLISHED / "quality"
     assert (folder / CSV_FILE).read_text() == summarize(folder).to_csv(index=False, float_format="%.6g")
+
+
+@pytest.mark.parametrize("run_dir", KERNELS, ids=lambda path: path.name)
+def test_the_kernels_table_is_what_the_record_gives(run_dir):
+    record = publishable(run_dir)
+    assert run_dir.name == slug(gpu_of(record))
+    frame = table_of_run(run_dir, record)
+    assert run_dir.with_suffix(".csv").read_text() == frame.to_csv(index=False, float_format=FLOAT_FORMAT)
+
+
+def test_every_kernels_table_has_its_run():
+    tables = {path.stem for path in PUBLISHED.glob("kernels/*.csv")}
+    assert tables == {run_dir.name for run_dir in KERNELS}
 
 
 def test_the_engine_tables_are_what_the_records_give():

@@ -144,7 +144,8 @@ def random_token_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, h
         unused.view(-1)[places] = False
     for x in packed:
         x.meta.masked_fill_(unused[:, None, :, None, None], float("nan"))
-    return TokenCase(normal(batch, q_heads, head_dim).to(dtype), formats, *packed, table, slots,
+    keys, values = packed
+    return TokenCase(normal(batch, q_heads, head_dim).to(dtype), formats, keys, values, table, slots,
                      torch.tensor(seq_lens, device=device), head_dim**-0.5)
 
 

@@ -164,7 +164,8 @@ def attend_pages(q, pages, table, head, first, last, log2_scale, KV_HEADS: gl.co
         score = gl.zeros([T, 8], gl.float32, layout=accumulator())
         if BOOSTED:
             scale, half_scale = split_scales(scale)
-            extra = slot_operand(ring[4].index(now).load(slot_pair_layout(T, D)), T, D)
+            extra = ring[4].index(now).load(slot_pair_layout(T, D))  # type: ignore[union-attr]
+            extra = slot_operand(extra, T, D)
             score = mma_v2(extra, slot_factors(q, half_scale, D), score)
         keys = key_operand(ring[0].index(now).load(words), T, D, KEY_BITS)
         score = mma_v2(keys, channel_operand(q_fields * scale[None, :], D), score)

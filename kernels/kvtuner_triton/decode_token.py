@@ -11,8 +11,8 @@ meta (pages, kv_heads, page, groups, 1 or 2) fp16; table = req_to_token (slots, 
 partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2.
 
 Bytes a token and kv head at D = 128, one group: kv8 264, kv4 136, kv2 72.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16 unless q is fp32, all sums are
-fp32.
+PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16 unless q is fp32 (then
+at most 4x that of fp32 PyTorch), all sums are fp32.
 """
 
 import torch

@@ -122,7 +122,7 @@ def slot_pair_layout(T, D):
 
 @gluon.constexpr_function
 def slot_layout(T, D):
-    """(T row order, 2 u, parts, lane quads a part, 2 e): columns of the A operand (T, 16) of second halves."""
+    """(T row order, 2 u, parts, lane quads a part, 2 e): the A operand (T, 16) of second halves, columns apart."""
     reg = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 1, 0, 0, 0]] + [[r, 0, 0, 0, 0] for r in powers(16, T)]
     quads = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0] if D == 128 else [0, 0, 0, 2, 0]]
     rows = [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
@@ -255,7 +255,7 @@ def slot_factors(q, scale, D: gl.constexpr):
     scale, _ = gl.broadcast(scale[None, :], q)
     low, high = sum_pairs(q.reshape([8, 4, D // 16, 2, 2]), scale.reshape([8, 4, D // 16, 2, 2]))
     t = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, slot_sum_layout())))
-    other = (t // (64 // (D // 2))) % 2  # channels c with c % 64 >= 32 are in slot c % 4 ^ 2
+    other = t // (128 // D) % 2  # a quad with channels c % 64 >= 32 has them in slots c % 4 ^ 2
     other, _ = gl.broadcast(other.to(gl.int16)[None, :, None], low)
     low, high = gl.inline_asm_elementwise(SWAP, "=r,=r,r,r,r", [low, high, other], dtype=(gl.float16, gl.float16),
                                           is_pure=True, pack=2)
@@ -274,6 +274,7 @@ def sum_pairs(q, scale):
 
 @gluon.jit
 def add_pairs(q, scale, low, high, N: gl.constexpr):
+    """Halve N until one product of each pair is left: an HFMA2 each, where a sum over N would multiply, then add."""
     if N == 1:
         q_low, q_high = gl.split(q.reshape([8, 4, 2, 2]).permute([0, 1, 3, 2]))
         scale_low, scale_high = gl.split(scale.reshape([8, 4, 2, 2]).permute([0, 1, 3, 2]))

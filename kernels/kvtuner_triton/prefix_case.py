@@ -93,8 +93,11 @@ class PrefixCase:
                                 tiles, self.sm_scale, out, tuning)
 
 
-def attend(case: PrefixCase, dtype: torch.dtype) -> torch.Tensor:
-    """What the visibility rule says, in plain PyTorch in `dtype`; softmax in float32, or float64 -> like q."""
+def attend(case: PrefixCase, dtype: torch.dtype, order: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """What the visibility rule says, in plain PyTorch in `dtype`; softmax in float32, or float64 -> like q.
+
+    order: of the channels (head_dim) that scores are summed over; another one gives another sample of the rounding.
+    """
     out = torch.empty(case.q.shape, dtype=dtype, device=case.q.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     step = case.page or BLOCK
@@ -113,7 +116,7 @@ def attend(case: PrefixCase, dtype: torch.dtype) -> torch.Tensor:
             position = torch.arange(high, device=k.device)
             hidden = position > position[low:, None]
             q = case.q[rows].to(dtype).unflatten(1, (k.shape[0], -1)).permute(1, 2, 0, 3)  # kv head, group, row, D
-            scores = (q @ k[:, None].transpose(-1, -2)).to(wide) * case.sm_scale
+            scores = (q[..., order] @ k[:, None, :, order].transpose(-1, -2)).to(wide) * case.sm_scale
             p = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).to(dtype)
             out[rows] = (p @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
     return out

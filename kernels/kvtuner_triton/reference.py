@@ -17,8 +17,8 @@ Boosted keys (asymmetric, 4 bits, per channel): of each page and kv head one cha
 at a tie.  r_c is max k_c - min k_c, what the step is proportional to; w_c is the sum of q_c^2 over this rank's query
 heads of the kv head at the page's last position.  So w_c r_c^2 is, up to a constant, the mean square that rounding
 channel c adds to that query's scores.  It depends on the page's own tokens alone, needs no calibration, and is known in
-the step that completes the page.  Such a code is stored in two halves, and the sign bit of the channel's scale, which is
-never negative, says so.  Codes are bit for bit defined given w; how w is summed is not.
+the step that completes the page.  Such a code is stored in two halves, and the sign bit of the channel's scale, which
+is never negative, says so.  Codes are bit for bit defined given w; how w is summed is not.
 """
 
 import torch

@@ -9,11 +9,17 @@ import triton.language as tl
 
 
 def graph_times(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> dict[str, float]:
-    """Median microseconds of one replay of each work's CUDA graph, replayed in turn so that clocks are alike for all.
+    """Median microseconds of one replay of each work's CUDA graph; see graph_samples."""
+    return {name: statistics.median(times) for name, times in graph_samples(works, repeats).items()}
+
+
+def graph_samples(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> dict[str, list[float]]:
+    """Microseconds of `repeats` replays of each work's CUDA graph, replayed in turn so that clocks are alike for all.
 
     Starting a replay costs microseconds of its own: a work should be long against that.
     """
-    graphs, times = {}, {name: [] for name in works}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for name, work in works.items():
         work()
         torch.cuda.synchronize()
@@ -29,7 +35,7 @@ def graph_times(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> d
             end.synchronize()
             if i >= 3:
                 times[name].append(start.elapsed_time(end) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 @triton.jit

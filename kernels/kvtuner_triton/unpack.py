@@ -208,16 +208,16 @@ def stored_tokens(ends: Sequence[int], page: int | None) -> np.ndarray:
 
     page: of per-channel formats, whose last page is read in full precision; None: per token, everything.
     """
-    ends = np.asarray(ends, dtype=np.int64)
-    return ends if page is None else np.maximum(ends - 1, 0) // page * page
+    end = np.asarray(ends, dtype=np.int64)
+    return end if page is None else np.maximum(end - 1, 0) // page * page
 
 
 def unpack_blocks(slots: Sequence[int], tokens: Sequence[int], size: int) -> torch.Tensor:
     """The first tokens[b] tokens of slots[b], one request after the other in scratch -> blocks (n, 4) int32, CPU."""
-    slots, tokens = np.asarray(slots, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
-    counts = -(-tokens // size)
-    b = np.repeat(np.arange(len(slots)), counts)
-    first = (np.arange(len(b)) - (np.cumsum(counts) - counts)[b]) * size
-    rows = (np.cumsum(tokens) - tokens)[b] + first
-    blocks = np.stack([slots[b], first, np.minimum(tokens[b] - first, size), rows], 1)
+    slot, count = np.asarray(slots, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
+    blocks_of = -(-count // size)
+    b = np.repeat(np.arange(len(slot)), blocks_of)
+    first = (np.arange(len(b)) - (np.cumsum(blocks_of) - blocks_of)[b]) * size
+    rows = (np.cumsum(count) - count)[b] + first
+    blocks = np.stack([slot[b], first, np.minimum(count[b] - first, size), rows], 1)
     return torch.from_numpy(blocks.astype(np.int32))

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.kernel_bench.config import KernelsConfig
 from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
@@ -155,13 +156,14 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "speed"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
     server: ServerConfig
     workload: WorkloadConfig
     quality: QualityConfig
+    kernels: KernelsConfig
     speed: SpeedConfig
     tracking: TrackingConfig
     report: ReportConfig
@@ -175,13 +177,18 @@ class RunConfig:
     @property
     def config_hash(self) -> str:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
-        other_tasks = {"workload", "quality", "speed"} - {LOADS.get(self.task, "workload")}
-        left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
-        kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
+        if self.task == "kernels":
+            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
+        else:
+            other_tasks = {"workload", "quality", "kernels", "speed"} - {LOADS.get(self.task, "workload")}
+            left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
+            kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
+        if self.task == "kernels":
+            return f"kernels-{self.kernels.name}"
         load = getattr(self, LOADS.get(self.task, "workload")).name
         if self.task == "speed":
             load = f"{self.speed.backend}-{load}"

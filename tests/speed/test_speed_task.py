@@ -50,7 +50,7 @@ def test_saturation_fills_the_pool_of_the_plain_cache(tmp_path):
                        "speed.saturation=[256]", "speed.ttft_cached=[]", "speed.ttft_tokens=[]")
     assert record.status == "ok", record.reason
     (key,) = [key for key in record.metrics if key.startswith("saturation_decode_tok_s/")]
-    assert key == "saturation_decode_tok_s/batch=8/context=256"  # 3144 tokens, 256 + 3 * 32 + 1 each
+    assert key == "saturation_decode_tok_s/batch=7/context=256"  # 3144 tokens, 256 + 3 * 64 + 1 each
     assert any("99 x 256 tokens do not fit" in warning for warning in record.warnings)
     assert not [name for name in record.metrics if name.startswith("decode_tok_s")]
 

@@ -30,7 +30,7 @@ class Figures(Protocol):
     def metrics(self) -> dict[str, Metric]: ...
 
     @property
-    def kv(self) -> KVRecord: ...
+    def kv(self) -> KVRecord | None: ...
 
     @property
     def memory(self) -> tuple[DeviceMemory, ...]: ...
@@ -57,7 +57,9 @@ def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, statu
     raised.  `group` is the sweep's id, None outside one.
     """
     missing = {"reason": "the run is ok"} if reason is None else {}
-    if checkpoint is None:
+    if config.task == "kernels":
+        missing |= dict.fromkeys(("model", "kv"), "kernels are timed without a model or an engine")
+    elif checkpoint is None:
         missing["model"] = "the run ended before its checkpoint was ready"
     if figures is None:
         missing["kv"] = f"the run is {status}, so it carries no figures"

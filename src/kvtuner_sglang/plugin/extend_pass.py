@@ -49,7 +49,8 @@ def plan_extend(forward_batch: Any, page: int | None, tuning: PrefixTuning) -> E
     for part in scratch_groups(stored.tolist(), SCRATCH_TOKENS):
         # Slots are known on the device alone, so tables number the requests first.
         numbers = list(range(part.start, part.stop))
-        requests, tiles = prefix_tables(numbers, starts[part], ends[part], stored[part], tuning.tokens)
+        requests, tiles = prefix_tables(numbers, starts[part].tolist(), ends[part].tolist(), stored[part].tolist(),
+                                        tuning.tokens)
         requests[:, 3] += int(rows[part.start])
         blocks = unpack_blocks(numbers, stored[part].tolist(), page or BLOCK)
         groups.append(ScratchGroup(int(stored[part].sum()), _with_slots(blocks, slots), _with_slots(requests, slots),

@@ -90,21 +90,26 @@ class FusedBackend(AttentionBackend):
         """q: (tokens, q_heads * head_dim), k, v: (tokens, kv_heads * head_dim) -> like q."""
         q, k, v, keys, values = self._inputs(q, k, v, layer, save_kv_cache)
         out, now = torch.empty_like(q), self.extend
-        tails = self.pool.layer(layer.layer_id).tails if self.per_channel else (None, None)
-        where = (now.slots, now.seq_lens, now.new_lens, now.rows)
-        if self.per_channel:
-            store_extend_pages(k, v, keys, values, *tails, self.req_to_token, *where, now.items, q)
-        else:
+        if not self.per_channel:
             store_by_location(k[: now.tokens], v[: now.tokens], keys, values, forward_batch.out_cache_loc)
-        unpack = unpack_pages if self.per_channel else unpack_by_location
-        for group in now.groups:
-            scratch = torch.empty((2, group.scratch_tokens, *k.shape[1:]), dtype=k.dtype, device=k.device)
-            unpack(keys, values, self.req_to_token, group.blocks, *scratch)
-            prefix_attention(q, k, v, *tails, *scratch, group.requests, group.tiles, layer.scaling, out,
-                             self.prefix_tuning)
-        if self.per_channel:
-            store_extend_tails(k, v, *tails, *where)
+            self._attend(q, k, v, keys, values, layer.scaling, out, (None, None))
+            return out.flatten(1)
+        tail_key, tail_value = self.pool.layer(layer.layer_id).tails
+        store_extend_pages(k, v, keys, values, tail_key, tail_value, self.req_to_token, now.slots, now.seq_lens,
+                           now.new_lens, now.rows, now.items, q)
+        self._attend(q, k, v, keys, values, layer.scaling, out, (tail_key, tail_value))
+        store_extend_tails(k, v, tail_key, tail_value, now.slots, now.seq_lens, now.new_lens, now.rows)
         return out.flatten(1)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: PackedPages, values: PackedPages,
+                scaling: float, out: torch.Tensor, tails: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+        """Attention of an extend over what is stored, dequantized group by group, and, with tails, its own pages."""
+        unpack = unpack_pages if self.per_channel else unpack_by_location
+        for group in self.extend.groups:
+            key, value = torch.empty((2, group.scratch_tokens, *k.shape[1:]), dtype=k.dtype, device=k.device)
+            unpack(keys, values, self.req_to_token, group.blocks, key, value)
+            prefix_attention(q, k, v, *tails, key, value, group.requests, group.tiles, scaling, out,
+                             self.prefix_tuning)
 
     def support_triton(self) -> bool:
         return True

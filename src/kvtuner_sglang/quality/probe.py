@@ -29,7 +29,7 @@ from kvtuner_sglang.quant import KVFormat, format_hash
 
 WORST_LAYERS = 3
 EXIT_S = 10.0  # for a process that has answered to end by itself
-PROBE_VERSION = 2  # part of the cache key: raise it when text or method change
+PROBE_VERSION = 3  # part of the cache key: raise it when text, method or quantizer change
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,17 @@
 A run replaces the published one of the same name; table and figure are made anew from all runs in the folder.
 """
 
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 from kvtuner_sglang.speed.decode_figure import write_figure
 from kvtuner_sglang.speed.tidy import gpu_of, table_of, to_csv
-
-SUMS_FILE = "SHA256SUMS"
-
-
-def slug(gpu: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "nvidia_h100_80gb_hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
 def publishable(run_dir: Path) -> RunRecord:
@@ -62,14 +55,6 @@ def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
         path.write_text(to_csv(rows))
         paths += [path, *write_figure(path)]
     return [*paths, write_sums(folder)]
-
-
-def write_sums(folder: Path) -> Path:
-    """SHA256SUMS of every file of the folder, as `sha256sum -c` reads it."""
-    sums = folder / SUMS_FILE
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != sums)
-    sums.write_text("".join(f"{file_sha256(path)}  {path.relative_to(folder)}\n" for path in files))
-    return sums
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,6 +23,10 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         from kvtuner_sglang.tasks import probe
 
         return probe.run(config, say)
+    if config.task == "kernels":
+        from kvtuner_sglang.tasks import kernels
+
+        return kernels.run(config, overrides, say)
     if config.task == "speed":
         from kvtuner_sglang.tasks import speed
 

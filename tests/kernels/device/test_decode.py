@@ -1,4 +1,4 @@
-"""Decode attention over packed pages: error at most twice that of plain PyTorch in the same precision."""
+"""Decode attention over packed pages: error at most twice that of plain PyTorch in bf16."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from kvtuner_triton.decode_token import BLOCK, decode_token_attention, token_tun
 BITS = st.sampled_from([8, 4, 2])
 KEYS = st.sampled_from([(4, False, True), (8, False, False), (4, False, False), (2, False, False), (4, True, False),
                         (8, True, False)])  # bits, symmetric, boosted
-DTYPE = st.sampled_from([torch.bfloat16, torch.float16])
+DTYPE = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 SHAPE = st.sampled_from([(7, 1, 128), (8, 2, 64), (3, 1, 64), (4, 4, 128)])  # q heads, kv heads, head_dim
 SPREADS = st.sampled_from([(2.0, 1.0), (0.0, 1e-3), (30.0, 300.0), (1e-3, 1.0)])  # keys, values
 KERNELS = [pytest.param(True, id="portable"), pytest.param(False, id="fragments", marks=pytest.mark.gpu)]
@@ -30,7 +30,8 @@ def run(case, portable, tuning=None, rows_sm=1, buffers=None):
     for _ in range(2):
         tokens = isinstance(case, TokenCase)
         work = DecodeWorkspace(*case.q.shape[:2], case.kv_heads, case.q.shape[2], BLOCK if tokens else case.page,
-                               case.q.device, tuning or Tuning(), multiprocessors=rows_sm, portable=portable, buffers=buffers)
+                               case.q.device, tuning or Tuning(), multiprocessors=rows_sm, portable=portable,
+                               buffers=buffers)
         # The interpreter truncates to bf16, so there torch rounds instead.
         out = torch.full_like(case.q, float("nan"), dtype=torch.float32 if case.q.is_cpu else None)
         work.partial.fill_(float("nan"))
@@ -47,8 +48,10 @@ def run(case, portable, tuning=None, rows_sm=1, buffers=None):
 
 
 def check(case, out):
+    """At most twice the error of PyTorch in bf16; in fp32 of PyTorch's own, of which log2 e, rounded, is as much."""
     truth = attend(case, torch.float64)
-    assert relative_error(out, truth) <= 2 * relative_error(attend(case, case.q.dtype), truth)
+    most, dtype = (4, torch.float32) if case.q.dtype == torch.float32 else (2, torch.bfloat16)
+    assert relative_error(out, truth) <= most * relative_error(attend(case, dtype), truth)
 
 
 @pytest.mark.parametrize("portable", KERNELS)
@@ -58,12 +61,11 @@ def test_packed_pages(device, portable, data):
     heads, kv_heads, head_dim = data.draw(SHAPE)
     page, value_bits = data.draw(st.sampled_from([64, 128])), data.draw(BITS)
     key_bits, symmetric_keys, boosted = data.draw(KEYS)
-    dtypes = [torch.bfloat16, torch.float16, torch.float32] if portable else [torch.bfloat16, torch.float16]
     key_spread, value_spread = data.draw(SPREADS)
     case = random_case(data.draw(lengths(page)), q_heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
                        key_bits=key_bits, value_bits=value_bits,
                        symmetric=(symmetric_keys, symmetric_keys or data.draw(st.booleans())), boosted=boosted,
-                       dtype=data.draw(st.sampled_from(dtypes)), key_spread=key_spread, value_spread=value_spread,
+                       dtype=data.draw(DTYPE), key_spread=key_spread, value_spread=value_spread,
                        seed=data.draw(st.integers(0, 99)), device=device)
     check(case, run(case, portable, default_tuning(key_bits, value_bits)))
 

@@ -52,9 +52,12 @@ def check_unpacked(case):
 
 
 def check(case, tuning):
-    truth = attend(case, torch.float64)
-    out = case.run(tuning)
-    assert relative_error(out, truth) <= 2 * relative_error(attend(case, case.q.dtype), truth)
+    """In fp32 the error of scores depends on the order of a sum, with few queries on luck: take the worst of four."""
+    truth, dtype = attend(case, torch.float64), case.q.dtype
+    orders = [slice(None)] + [torch.randperm(case.q.shape[2], generator=torch.Generator().manual_seed(i))
+                              for i in range(3 if dtype == torch.float32 else 0)]
+    plain = max(relative_error(attend(case, dtype, order), truth) for order in orders)
+    assert relative_error(case.run(tuning), truth) <= 2 * plain
 
 
 @settings(max_examples=15, deadline=None)

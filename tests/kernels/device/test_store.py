@@ -116,8 +116,8 @@ def test_tokens_at_any_location(device, data):
                for _ in range(2)]
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     count = data.draw(st.integers(1, 39))
-    wide = random_content(data.draw(st.sampled_from(CONTENTS)), (count, 3, kv_heads, head_dim), random,
-                          data.draw(st.sampled_from([torch.bfloat16, torch.float16])))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    wide = random_content(data.draw(st.sampled_from(CONTENTS)), (count, 3, kv_heads, head_dim), random, dtype)
     locations = torch.randperm((pages - 1) * page, generator=random)[:count] + page
     packed, truths = [], []
     for i, fmt in enumerate(formats):

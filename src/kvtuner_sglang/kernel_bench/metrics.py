@@ -1,0 +1,51 @@
+"""From samples to what the record keeps: metrics with their n, and the rules that held."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtuner_sglang.evidence.record import DeviceMemory, Metric, metric_key
+from kvtuner_sglang.kernel_bench.cases import KVTUNER
+from kvtuner_sglang.kernel_bench.samples import Check, LeftOut, Sample, StoreTimes, best, ceilings_of
+from kvtuner_sglang.measure.metrics import summarize
+
+RULES = (
+    "every kernel's error on ragged requests is at most twice that of plain PyTorch in bf16 against float64",
+    "every byte that a store wrote is the reference's",
+    "every peer read the same keys and values behind the same page table",
+    "every kernel of a cell was replayed in turn with the others, in one process on one device",
+    "every output is finite",
+)
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """What evidence.assemble needs; there is no engine, so no kv."""
+
+    metrics: dict[str, Metric]
+    warnings: tuple[str, ...]
+    kv: None = None
+    memory: tuple[DeviceMemory, ...] = ()
+    rules: tuple[str, ...] = RULES
+
+
+def figures(samples: Sequence[Sample]) -> KernelFigures:
+    return KernelFigures(metrics(samples), tuple(f"left out: {s.reason}" for s in samples if isinstance(s, LeftOut)))
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
+    """Names are quantity_unit/shape/kernel/format/where: of every cell the fastest of a peer's options."""
+    ceilings = ceilings_of(samples)
+    found = {"copy_gb_s": summarize([ceilings.copy_gb_s], "GB/s"), "read_gb_s": summarize([ceilings.read_gb_s], "GB/s")}
+    for check in samples:
+        if isinstance(check, Check):
+            found[f"error_ratio/{check.shape}/{check.kernel}/{check.format}"] = summarize([check.ratio], "1")
+    for t in best(samples):
+        name = f"{t.shape}/{t.kernel}/{t.format}"
+        found[metric_key(f"decode_us/{name}", batch=t.batch, context=t.context)] = summarize(t.us, "us")
+        if t.kernel == KVTUNER:
+            found[metric_key(f"plan_us/{name}", batch=t.batch, context=t.context)] = summarize(t.plan_us, "us")
+    for stored in samples:
+        if isinstance(stored, StoreTimes):
+            name = f"store_us/{stored.shape}/{stored.format}/{stored.work}"
+            found[metric_key(name, tokens=stored.tokens)] = summarize(stored.us, "us")
+    return found

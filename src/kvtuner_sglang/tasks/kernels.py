@@ -1,0 +1,61 @@
+"""task=kernels: the kernels alone, beside their peers, on one GPU, into a record."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
+from kvtuner_sglang.evidence import sweep, tracking
+from kvtuner_sglang.evidence.assemble import assemble, utc_now
+from kvtuner_sglang.evidence.environment import PROJECT_ROOT, collect_environment
+from kvtuner_sglang.evidence.outcome import Outcome
+from kvtuner_sglang.evidence.record import Status, write_record
+from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.kernel_bench.metrics import KernelFigures, figures
+from kvtuner_sglang.kernel_bench.run import bench, require_device
+from kvtuner_sglang.kernel_bench.samples import Sample
+from kvtuner_sglang.kernel_bench.table import acceptance
+from kvtuner_sglang.serving.commands import NodeCommand
+from kvtuner_sglang.tasks.run_directory import run_directory
+
+Say = Callable[[str], None]
+
+
+def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
+    """Measure and write the record. Without a GPU raises UserError and leaves nothing behind.
+
+    A kernel or peer that cannot run is an outcome with status failed, a wrong one an outcome with status invalid.
+    """
+    require_device(config.kernels)
+    say(f"{config.run_dir}")
+    started, reason = utc_now(), None
+    status: Status = "failed"
+    found: KernelFigures | None = None
+    samples: list[Sample] = []
+    with run_directory(config.run_dir):
+        with SampleLog(config.run_dir) as log:
+            try:
+                for sample in bench(config.kernels, config.seed, say):
+                    log.append(sample)
+                    samples.append(sample)
+                found, status = figures(samples), "ok"
+            except MeasurementInvalid as error:
+                status, reason = "invalid", str(error)
+            except RunFailed as error:
+                reason = str(error)
+        write_record(config.run_dir, assemble(
+            config, overrides=overrides, started=started, status=status, reason=reason,
+            environment=collect_environment(), samples=log.summary(), group=sweep.current_sweep(),
+            commands=(_command(overrides),), figures=found,
+        ))
+        tracking.mirror(config.run_dir)
+    for line in acceptance(samples) if found else (f"  {status}: {reason}",):
+        say(line)
+    return Outcome(config.run_dir, status, skipped=False, reason=reason)
+
+
+def _command(overrides: Sequence[str]) -> NodeCommand:
+    """All of it runs in this process; its words as they are typed in the project's folder."""
+    script = Path("run.py") if (PROJECT_ROOT / "run.py").exists() else Path(sys.argv[0])
+    return NodeCommand(0, ("python", str(script), *overrides), {}, "127.0.0.1", 0)

@@ -1,0 +1,102 @@
+"""From a made-up run to its published folder, and the lines that the console shows."""
+
+import hashlib
+from dataclasses import asdict
+
+import pandas as pd
+import pytest
+
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import slug
+from kvtuner_sglang.evidence.record import load_record
+from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.kernel_bench.figures import speedups, write_figures
+from kvtuner_sglang.kernel_bench.publish import main, publish
+from kvtuner_sglang.kernel_bench.samples import DecodeTimes, best, sample_of
+from kvtuner_sglang.kernel_bench.table import acceptance, cell_line
+from kvtuner_sglang.kernel_bench.tidy import COLUMNS, FLOAT_FORMAT, table_of_run
+
+
+def samples_of(run_dir):
+    return [sample_of(line) for line in read_samples(run_dir)]
+
+
+def test_samples_survive_the_file(invented_run):
+    lines = read_samples(invented_run())
+    assert len(lines) > 50
+    for line in lines:
+        assert {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(sample_of(line)).items()} == line
+
+
+def test_the_table_has_the_fastest_option_and_percentiles(invented_run):
+    run_dir = invented_run()
+    frame = table_of_run(run_dir, load_record(run_dir))
+    assert tuple(frame.columns) == COLUMNS
+    assert not frame.isna().any().any()
+    assert len(frame) == 2 * 2 * 2 * (4 + 3)
+    row = frame[(frame.kernel == "flashinfer") & (frame.format == "bf16")].iloc[0]
+    assert row.floor_us / row.median_us == pytest.approx(0.9)
+    assert row.p20_us < row.median_us < row.p80_us
+    assert row.bytes / row.floor_us == pytest.approx(3000e3)
+    assert set(frame.page) == {1, 64}
+    assert set(frame.commit) == {"a" * 12}
+
+
+def test_a_published_folder_is_whole(invented_run, tmp_path):
+    run_dir, folder = invented_run(), tmp_path / "published" / "kernels"
+    publish(run_dir, folder)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    gpu = "nvidia_test_card_80gb"
+    figures = {f"{gpu}_{figure}{suffix}" for figure in ("roofline", "speedup") for suffix in (".pdf", ".png")}
+    assert names == {f"{gpu}/record.json", f"{gpu}/requests.jsonl", f"{gpu}.csv", "SHA256SUMS", *figures}
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    frame = table_of_run(folder / gpu, load_record(folder / gpu))
+    assert (folder / f"{gpu}.csv").read_text() == frame.to_csv(index=False, float_format=FLOAT_FORMAT)
+    before = {path: path.read_bytes() for path in folder.glob("*.p*")}
+    publish(run_dir, folder)
+    assert {path: path.read_bytes() for path in folder.glob("*.p*")} == before
+
+
+def test_only_a_finished_kernels_run_is_published(invented_run, tmp_path):
+    with pytest.raises(UserError, match="is failed"):
+        publish(invented_run(status="failed"), tmp_path / "kernels")
+    run_dir = invented_run()
+    (run_dir / "requests.jsonl").write_text("")
+    with pytest.raises(UserError, match="not what the record says"):
+        publish(run_dir, tmp_path / "kernels")
+    with pytest.raises(SystemExit, match="run it first"):
+        main([str(tmp_path), str(tmp_path / "kernels")])
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_figures_refuse_what_mixes_runs(invented_run, tmp_path):
+    run_dir = invented_run()
+    frame = table_of_run(run_dir, load_record(run_dir))
+    assert speedups(frame).query("kernel == 'flashinfer' and format == 'bf16'").speedup.eq(1).all()
+    path = tmp_path / "mixed.csv"
+    pd.concat([frame, frame.assign(commit="other")]).to_csv(path)
+    with pytest.raises(UserError, match="mixes values of commit"):
+        write_figures(path)
+    with pytest.raises(UserError, match=r"kernels.peers=true"):
+        speedups(frame[frame.kernel == "kvtuner"])
+
+
+def test_gpu_names_become_file_names():
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+
+
+def test_console_lines(invented_run):
+    samples = samples_of(invented_run())
+    cell = [s for s in samples if isinstance(s, DecodeTimes) and (s.shape, s.batch, s.context) ==
+            ("qwen2_5_7b", 16, 32768)]
+    line = cell_line(cell, 3000.0)
+    assert "\n" not in line
+    assert all(part in line for part in ("28/4/128", "16 x 32768", "kv4 ", "FI bf16", "FI fp8", "SGL bf16",
+                                         "0.80 of floor"))
+    verdicts = list(acceptance(samples))
+    assert any("held" in v and "kv4 at 0.80 of its floor" in v for v in verdicts)
+    assert any("missed" in v and "6.00 us a layer at batch 64" in v for v in verdicts)
+    assert any("1 of 1 stores bit-exact" in v for v in verdicts)
+    assert len(best(cell)) == 7
