@@ -16,7 +16,8 @@ fp32 whether or not it is contracted, and the sum is rounded once: the result eq
     per token: codes (pages, kv_heads, page, D * bits / 8) uint8 in plain order (layout.py), pages of any size, a block
         is up to BLOCK tokens, each found by its own place; meta (pages, kv_heads, page, groups, 1 or 2) fp16
 
-Bytes a token and kv head at D = 128, page 64, bf16: 512 written; read kv8 268, kv4 140 (4 more boosted), kv2 76.
+Bytes a token and kv head at D = 128, page 64, bf16: 512 written; read kv8 268, kv4 140 (boosted, symmetric values 142),
+kv2 76.
 """
 
 from collections.abc import Sequence

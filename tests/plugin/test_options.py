@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_without_kernels
 from kvtuner_sglang.plugin.options import (
     KvtunerOptions,
     add_cli_flags,
@@ -12,6 +13,7 @@ from kvtuner_sglang.plugin.options import (
     options_from_namespace,
     pop_options,
 )
+from kvtuner_sglang.quant import KVFormat, TensorFormat
 
 
 def parse(*words: str) -> KvtunerOptions:
@@ -103,3 +105,27 @@ def test_pop_leaves_sglangs_own_keywords():
 )
 def test_flags_give_the_same_options_back(options):
     assert parse(*flags_of(options)) == options
+
+
+@pytest.mark.parametrize(("asked", "on_cpu", "expected"), [
+    ("auto", True, "reference"), ("auto", False, "fused"), ("reference", False, "reference"), ("fused", False, "fused"),
+])
+def test_the_kernels_serve_where_there_is_a_gpu_unless_told_otherwise(asked, on_cpu, expected):
+    assert choose_attention(asked, on_cpu) == expected
+
+
+def test_kernels_on_a_cpu_are_refused():
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        choose_attention("fused", on_cpu=True)
+
+
+@pytest.mark.parametrize(("fmt", "head_dim", "match"), [
+    (KVFormat(TensorFormat(4, axis=1), TensorFormat(4)), 96, "64 or 128 channels, not 96"),
+    (KVFormat(TensorFormat(16), TensorFormat(4)), 64, "not 16 for one of them"),
+    (KVFormat(TensorFormat(4, axis=1), TensorFormat(4, group_size=32)), 64, "one scale a token"),
+])
+def test_what_the_kernels_cannot_read_is_refused(fmt, head_dim, match):
+    with pytest.raises(ConfigError, match=match) as refused:
+        refuse_without_kernels(fmt, head_dim)
+    assert "--kvtuner-attention reference" in str(refused.value)
+    refuse_without_kernels(KVFormat(TensorFormat(4), TensorFormat(4, group_size=32)), 64)

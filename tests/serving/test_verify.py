@@ -27,7 +27,7 @@ def truth(config: RunConfig) -> dict[str, Any]:
         tokens = (int(config.server.kv_gib * GIB // (per_token * page)) - 1) * page
         ranks.append({
             "rank": rank, "tp_rank": tp_rank, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
-            "pid": 100 + rank, "attention": "reference",
+            "pid": 100 + rank, "device": "cpu", "attention": "reference",
             "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
             "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "page_size": page, "tokens": tokens,
             "pool_bytes": int(per_token * (tokens + page)), "tail_bytes": 0, "bytes_per_token": per_token,
@@ -71,6 +71,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "large tails": (last(tail_bytes=10**9), "over its budget"),
     "fewer bytes than tokens need": (scaled("pool_bytes", 0.5), "holds .* tokens in .* bytes"),
     "far fewer tokens than bytes hold": (scaled("tokens", 0.5), "holds .* tokens in .* bytes"),
+    "another attention": (last(attention="fused"), "rank 3 on node 1 serves by fused attention instead of reference"),
     "a field is missing": (lambda k: k["ranks"][-1].pop("pool_class"), "not of this version"),
     "no ranks": (lambda k: k.pop("ranks"), "not of this version"),
 }

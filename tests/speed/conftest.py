@@ -41,7 +41,8 @@ def make_call() -> Callable[..., Call]:
 
 
 def made_up_record(name: str, *, quant: str = "kv4", backend: str = "auto", device: str = "cuda:0",
-                   status: Any = "ok", factor: float = 1.0, commit: str = "abcdef" * 7) -> RunRecord:
+                   status: Any = "ok", factor: float = 1.0, commit: str = "abcdef" * 7,
+                   dirty: bool = False) -> RunRecord:
     metrics = {"kv_tokens": summarize([1000], "tokens")}
     for prefix, batch in (("", 4), ("", 48), ("saturation_", 90)):
         at = {"batch": batch, "context": 16384}
@@ -66,7 +67,7 @@ def made_up_record(name: str, *, quant: str = "kv4", backend: str = "auto", devi
         config_hash="0" * 10, overrides=(), commands=(), memory=(), warnings=(),
         unknown={"reason": "ok"} if status == "ok" else {"kv": "invalid"},
         environment=Environment(
-            host="h", os="Linux", python="3", git_sha=commit, git_dirty=False, lock_file="f", lock_sha256="0",
+            host="h", os="Linux", python="3", git_sha=commit, git_dirty=dirty, lock_file="f", lock_sha256="0",
             packages={}, cpu="Test CPU", cpu_cores=1, ram_mib=1, gpus=("Test GPU 80GB",), gpu_driver="1",
             gpu_clocks="1", gpu_topology="1", cuda="13"),
         model=ModelRecord(name="m", source="dummy:m", sha256="d" * 64, architecture="Qwen2ForCausalLM", layers=1,

@@ -72,6 +72,7 @@ def test_a_run_of_the_same_name_is_replaced_and_a_second_of_the_same_cells_refus
 @pytest.mark.parametrize(("changes", "part"), [
     ({"status": "invalid"}, "is invalid"),
     ({"device": "cpu"}, "ran on no GPU"),
+    ({"dirty": True}, "no commit describes"),
 ])
 def test_what_may_not_be_published_is_refused(run_dir, tmp_path, changes, part):
     with pytest.raises(UserError, match=part):

@@ -87,7 +87,7 @@ class RankRecord(BaseModel):
     pid: int
     device: str
     pool_class: str
-    attention: str = "reference"  # of every record from before there was a choice
+    attention: str = "not recorded"  # of runs from before there was a choice
     layers: tuple[int, int]
     kv_heads: int
     tokens: int

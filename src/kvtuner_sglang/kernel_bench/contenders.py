@@ -70,7 +70,7 @@ class Ours:
 
 
 class FlashInfer:
-    """Tensor-core decode over pages of BLOCK tokens, as SGLang's FlashInfer backend asks for it.
+    """Tensor-core decode over pages of BLOCK tokens, like ours; SGLang's FlashInfer backend itself plans pages of one.
 
     graph: plan as for a CUDA graph that is replayed at growing lengths, which is how SGLang serves; else for exactly
     these lengths.
@@ -109,7 +109,7 @@ class FlashInfer:
 
 
 class SglangTriton:
-    """SGLang's own decode kernel with the arguments of TritonAttnBackend at its defaults."""
+    """SGLang's own decode kernel as TritonAttnBackend calls it, over pages of BLOCK tokens like ours."""
 
     kernel = SGLANG_TRITON
     options = ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import slug, write_sums
+from kvtuner_sglang.evidence.published import require_commit, slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 from kvtuner_sglang.kernel_bench.figures import write_figures
@@ -28,6 +28,7 @@ def publishable(run_dir: Path) -> RunRecord:
     samples = run_dir / record.samples.file
     if not samples.exists() or file_sha256(samples) != record.samples.sha256:
         raise UserError(f"{samples} is not what the record says: repeat the run with force=true.")
+    require_commit(record, run_dir)
     return record
 
 

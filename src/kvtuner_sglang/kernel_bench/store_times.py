@@ -123,21 +123,25 @@ def _pool(store: Storage, layout: KVShape, pages: int, device: str) -> tuple[Pac
 
 
 def wrong_bytes(case: StoreCase) -> tuple[str, ...]:
-    """Run layer 0 and name what differs from the reference on the CPU in any bit; for `extend` and per-token stores."""
+    """Run layer 0 and name what differs from the reference on the CPU in any bit, tails included."""
+    tails = case.tails.cpu().clone()
     case.run(0)
     q, key, value = (x.cpu() for x in case.inputs(0))
     if not case.store.fmt.key.per_channel:
         return tuple(_wrong_tokens(case, key, value))
     if case.work == "extend":
+        tails[:, 1] = torch.stack([key[-BLOCK:], value[-BLOCK:]])
         ids = case.table[1, ::BLOCK].cpu().long() // BLOCK
         key, value = (x.unflatten(0, (-1, BLOCK)).transpose(1, 2) for x in (key, value))
         weight = reference.score_weights(q[BLOCK - 1::BLOCK], case.shape.kv_heads)
     else:
         done = (case.seq_lens % BLOCK == 0).cpu()
         ids = case.table[1:, 0].cpu().long()[done] // BLOCK
-        key, value = (tail[1:].cpu()[done].transpose(1, 2) for tail in case.tails)  # the new token is in them
+        tails[:, case.slots.cpu(), (case.seq_lens.cpu() - 1) % BLOCK] = torch.stack([key, value])
+        key, value = (tail[1:][done].transpose(1, 2) for tail in tails)
         weight = reference.score_weights(q[done], case.shape.kv_heads)
-    return tuple(_differing(case, ids, key, value, weight))
+    kept = () if torch.equal(case.tails.cpu(), tails) else ("tails",)
+    return (*_differing(case, ids, key, value, weight), *kept)
 
 
 def _differing(case: StoreCase, ids: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

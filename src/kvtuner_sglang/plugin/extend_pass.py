@@ -11,14 +11,13 @@ from kvtuner_triton.prefix import PrefixTuning, prefix_tables
 from kvtuner_triton.store import extend_items
 from kvtuner_triton.unpack import BLOCK, stored_tokens, unpack_blocks
 
-SCRATCH_TOKENS = 1 << 16  # dequantized at once; more only for a single request that is longer
+SCRATCH_TOKENS = 1 << 16  # dequantized at once, or more if a request may be longer
 
 
 @dataclass(frozen=True)
 class ScratchGroup:
     """Requests whose stored tokens are dequantized together: tables of unpack.py and prefix.py, on the device."""
 
-    scratch_tokens: int
     blocks: torch.Tensor
     requests: torch.Tensor
     tiles: torch.Tensor
@@ -37,7 +36,7 @@ class ExtendPass:
     groups: tuple[ScratchGroup, ...]
 
 
-def plan_extend(forward_batch: Any, page: int | None, tuning: PrefixTuning) -> ExtendPass:
+def plan_extend(forward_batch: Any, page: int | None, tuning: PrefixTuning, scratch_tokens: int) -> ExtendPass:
     """page: of per-channel keys; None for per-token formats, which read every token as stored."""
     starts = np.asarray(forward_batch.extend_prefix_lens_cpu, dtype=np.int64)
     new = np.asarray(forward_batch.extend_seq_lens_cpu, dtype=np.int64)
@@ -46,22 +45,21 @@ def plan_extend(forward_batch: Any, page: int | None, tuning: PrefixTuning) -> E
     rows = np.cumsum(new) - new
     stored = stored_tokens(ends.tolist(), page)
     groups = []
-    for part in scratch_groups(stored.tolist(), SCRATCH_TOKENS):
+    for part in scratch_groups(stored.tolist(), scratch_tokens):
         # Slots are known on the device alone, so tables number the requests first.
         numbers = list(range(part.start, part.stop))
         requests, tiles = prefix_tables(numbers, starts[part].tolist(), ends[part].tolist(), stored[part].tolist(),
                                         tuning.tokens)
         requests[:, 3] += int(rows[part.start])
         blocks = unpack_blocks(numbers, stored[part].tolist(), page or BLOCK)
-        groups.append(ScratchGroup(int(stored[part].sum()), _with_slots(blocks, slots), _with_slots(requests, slots),
-                                   _on(tiles, device)))
+        groups.append(ScratchGroup(_with_slots(blocks, slots), _with_slots(requests, slots), _on(tiles, device)))
     items = extend_items(ends.tolist(), new.tolist(), page) if page else torch.empty((0, 2), dtype=torch.int32)
     return ExtendPass(int(new.sum()), slots, _on(torch.from_numpy(ends), device), _on(torch.from_numpy(new), device),
                       _on(torch.from_numpy(rows.astype(np.int32)), device), _on(items, device), tuple(groups))
 
 
 def scratch_groups(stored: Sequence[int], limit: int) -> list[slice]:
-    """Neighbouring requests that have at most `limit` stored tokens together, or are alone."""
+    """Neighbouring requests that have at most `limit` stored tokens together, as each has alone."""
     groups, start, total = [], 0, 0
     for b, count in enumerate(stored):
         if b > start and total + count > limit:

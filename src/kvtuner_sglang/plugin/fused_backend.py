@@ -4,16 +4,23 @@ Decode: one launch stores the new token (and the page it completes), one attends
 step for all layers.  Grids depend on the batch size alone, so a CUDA graph holds the whole step; padded requests have
 slot 0, which no request owns, and length 1, and write to tail 0.
 Extend: store the pages that this pass completes, dequantize what its queries may read as stored, attend, keep tails.
+
+The kernels read req_to_token while they run, a replayed graph too.  SGLang takes its backends to have read it before a
+replay starts, and would let the scheduler give a slot to the next request meanwhile; a finished request's last step
+could then complete a page that is not its own.  So the scheduler is made to wait for the whole step.
 """
 
+import logging
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_parallel
 
+from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin.attention import noisy, pool_with_tails, refuse_unusual
-from kvtuner_sglang.plugin.extend_pass import ExtendPass, plan_extend
+from kvtuner_sglang.plugin.extend_pass import SCRATCH_TOKENS, ExtendPass, plan_extend
 from kvtuner_sglang.plugin.options import options_of
 from kvtuner_triton import decode_token
 from kvtuner_triton.decode import DecodeWorkspace, PackedPages, decode_attention, default_tuning
@@ -23,13 +30,14 @@ from kvtuner_triton.store import store_decode, store_extend_pages, store_extend_
 from kvtuner_triton.store_token import store_by_location
 from kvtuner_triton.unpack import unpack_by_location, unpack_pages
 
+logger = logging.getLogger(__name__)
+
 EAGER_BATCH = 64  # buffers for steps without a graph hold so many requests, or as many as come
 
 
 class FusedBackend(AttentionBackend):
     """The attention backend `kvtuner` by fused kernels; all layers have one format."""
 
-    attention = "fused"
     step: DecodeWorkspace  # of the pass that runs, if it decodes
     extend: ExtendPass  # of the pass that runs, if it extends
 
@@ -39,16 +47,29 @@ class FusedBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.noise = options_of(model_runner.server_args).kvtuner_kv_noise
         self.q_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
-        fmt = self.pool.layers[0].fmt
+        if len(set(self.pool.plan)) > 1:
+            raise ConfigError("the kernels serve one format in all layers: give --kvtuner-attention reference.")
+        envs.SGLANG_FORCE_COARSE_WAR_BARRIER.set(True)
+        fmt = self.pool.plan[0]
         self.per_channel = fmt.key.per_channel
         self.tuning = (default_tuning(fmt.key.bits, fmt.value.bits) if self.per_channel
                        else decode_token.token_tuning())
         self.prefix_tuning = prefix_tuning(self.q_heads // self.pool.head_num,
                                            self.pool.page_size if self.per_channel else None, self.pool.dtype)
         self.packed = [(_packed(layer.key), _packed(layer.value)) for layer in self.pool.layers]
+        # Taken at the start, so that a long prompt cannot run out of memory later.
+        rows = min(max(SCRATCH_TOKENS, self.req_to_token.shape[1]), self.pool.size)  # one request fits
+        scratch = (2, rows, self.pool.head_num, self.pool.head_dim)
+        self.scratch = torch.empty(scratch, dtype=self.pool.dtype, device=self.pool.device)
         self.multiprocessors = None if model_runner.device == "cuda" else 1
         self.largest: DecodeWorkspace | None = None
         self.workspaces: dict[int, DecodeWorkspace] = {}
+
+    @property
+    def attention(self) -> str:
+        """What /server_info and records say."""
+        portable = self._workspace(1).portable or self.pool.dtype == torch.float32
+        return "fused, portable decode" if self.per_channel and portable else "fused"
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Graphs keep the buffers' addresses, so they are made once, for the largest batch."""
@@ -63,7 +84,7 @@ class FusedBackend(AttentionBackend):
             self.step = self._workspace(forward_batch.batch_size)
         else:
             self.extend = plan_extend(forward_batch, self.pool.page_size if self.per_channel else None,
-                                      self.prefix_tuning)
+                                      self.prefix_tuning, self.scratch.shape[1])
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Divide a decode step's work, once for all layers; recorded in the graph."""
@@ -105,8 +126,8 @@ class FusedBackend(AttentionBackend):
                 scaling: float, out: torch.Tensor, tails: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
         """Attention of an extend over what is stored, dequantized group by group, and, with tails, its own pages."""
         unpack = unpack_pages if self.per_channel else unpack_by_location
+        key, value = self.scratch
         for group in self.extend.groups:
-            key, value = torch.empty((2, group.scratch_tokens, *k.shape[1:]), dtype=k.dtype, device=k.device)
             unpack(keys, values, self.req_to_token, group.blocks, key, value)
             prefix_attention(q, k, v, *tails, key, value, group.requests, group.tiles, scaling, out,
                              self.prefix_tuning)

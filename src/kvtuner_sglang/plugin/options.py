@@ -117,9 +117,9 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
                        help="Asymmetric (scale and zero) or symmetric (scale); values beside boosted keys are "
                             "symmetric. Default: True.")
     group.add_argument("--kvtuner-key-boost", type=_boolean, nargs="?", const=True, default=None, metavar="True|False",
-                       help="Twice the bits for the 1 in 16 key channels of a page that matter most, paid for by "
-                            "symmetric values of 4 or 8 bits. Default: True for 4-bit keys on axis 1 beside such "
-                            "values.")
+                       help="8 bits for the 1 in 16 channels of a page of asymmetric 4-bit keys that matter most, paid "
+                            "for by symmetric values of 4 or 8 bits. Default: True for such keys on axis 1 beside "
+                            "such values.")
     group.add_argument("--kvtuner-residual-length", type=int, default=0,
                        help="Recent tokens in full precision: only 0, the page in progress aside. Default: 0.")
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,

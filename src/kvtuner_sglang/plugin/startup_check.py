@@ -10,13 +10,13 @@ import json
 import os
 import socket
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any
 
 import torch.distributed as dist
 
 import kvtuner_sglang
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.plugin.attention_choice import Attention
+from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
@@ -25,7 +25,8 @@ from kvtuner_sglang.quant import KVShape, format_hash
 # Ranks may capture graphs or compile kernels for minutes before they report; one that died ends the start anyway.
 REPORT_TIMEOUT_S = 900
 GIB = 1 << 30
-ASKED_ON_ALL_RANKS = ("enabled", "plan_hash", "package_version", "sglang_version", "page_size", "kv_gib")
+ASKED_ON_ALL_RANKS = ("enabled", "plan_hash", "attention_asked", "package_version", "sglang_version", "page_size",
+                      "kv_gib")
 SAME_ON_ALL_RANKS = (*ASKED_ON_ALL_RANKS, "tokens")
 
 
@@ -69,10 +70,10 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     if options.enabled and not isinstance(pool, PackedKVPool):
         raise ConfigError(f"quantization is on but the pool is {type(pool).__name__}: a hook of kvtuner-sglang did not "
                           "take, so reinstall it together with the SGLang version it names.")
-    attention = getattr(scheduler.tp_worker.model_runner.attn_backend, "attention", args.attention_backend)
-    if options.enabled and attention not in get_args(Attention):
-        raise ConfigError(f"quantization is on but the attention backend is {attention}: a hook of kvtuner-sglang did "
-                          "not take, so reinstall it together with the SGLang version it names.")
+    attention = getattr(scheduler.tp_worker.model_runner.attn_backend, "attention", None)
+    if options.enabled and attention is None:
+        raise ConfigError(f"quantization is on but attention is {args.attention_backend}'s: a hook of kvtuner-sglang "
+                          "did not take, so reinstall it together with the SGLang version it names.")
     shape = KVShape(pool.head_num, pool.head_dim, pool.dtype.itemsize, pool.page_size)
     local = plan[pool.start_layer : pool.start_layer + pool.layer_num]
     if isinstance(pool, PackedKVPool) and pool.plan != local:
@@ -85,7 +86,7 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
     return {
         **_asked(args, scheduler.model_config), "tp_rank": scheduler.ps.tp_rank, "pp_rank": scheduler.ps.pp_rank,
         "pid": os.getpid(), "host": socket.gethostname(), "device": str(pool.device),
-        "pool_class": type(pool).__name__, "attention": attention,
+        "pool_class": type(pool).__name__, "attention": attention or args.attention_backend,
         "layers": [pool.start_layer, pool.start_layer + pool.layer_num],
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
         "tokens": scheduler.max_total_num_tokens,
@@ -104,6 +105,7 @@ def _asked(server_args: Any, model_config: Any) -> dict[str, Any]:
     return {
         "rank": dist.get_rank(), "node_rank": server_args.node_rank, "enabled": options.enabled,
         "plan_hash": format_hash(options.plan(model_config.num_hidden_layers)), "page_size": server_args.page_size,
+        "attention_asked": choose_attention(options.kvtuner_attention, server_args.device == "cpu"),
         "kv_gib": options.kvtuner_kv_gib, "package_version": kvtuner_sglang.__version__,
         "sglang_version": sglang.__version__,
     }

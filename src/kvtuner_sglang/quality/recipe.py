@@ -14,7 +14,7 @@ import torch
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant import KVFormat, TensorFormat
-from kvtuner_sglang.quant.format import BOOST_DIVISOR
+from kvtuner_sglang.quant.format import BOOST_DIVISOR, BOOSTED_BITS
 from kvtuner_triton.reference import decode, dequantize, encode, quantize
 
 PER_TOKEN = 0
@@ -31,7 +31,7 @@ class TensorRecipe:
     clip_search: of CLIP_SHARES of a group's range take the one with the least squared error.
     rotate: quantize x H instead of x, H the orthonormal Hadamard matrix of head_dim; undone after reading, which for
     values costs nothing (H goes into o_proj).
-    boost: the channels of a page that matter most have twice the bits (axis 1; see kvtuner_triton.reference).
+    boost: the channels of a page that matter most have 8 bits (asymmetric 4-bit keys; see kvtuner_triton.reference).
     """
 
     bits: int
@@ -43,8 +43,9 @@ class TensorRecipe:
     boost: bool = False
 
     def __post_init__(self) -> None:
-        if self.boost and (self.axis != PER_CHANNEL or self.bits > 4 or self.clip_search or self.rotate):
-            raise ConfigError("boost is for 4- or 2-bit keys per channel, without clip_search or rotate.")
+        plain = not (self.symmetric or self.clip_search or self.rotate)
+        if self.boost and (self.axis != PER_CHANNEL or self.bits != BOOSTED_BITS or not plain):
+            raise ConfigError("boost is for asymmetric 4-bit keys per channel, without clip_search or rotate.")
 
     @property
     def quantized(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import write_sums
 from kvtuner_sglang.evidence.record import RunRecord, load_record
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(__doc__)
     folder = Path(arguments[0])
     try:
-        paths = [write_summary(folder), *write_figures(folder)]
+        paths = [write_summary(folder), *write_figures(folder), write_sums(folder)]
     except UserError as error:
         sys.exit(f"kvtuner: {error}")
     sys.stdout.write("".join(f"{path}\n" for path in paths))

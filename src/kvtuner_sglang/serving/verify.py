@@ -8,6 +8,7 @@ from typing import Any
 import kvtuner_sglang
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import RunFailed
+from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.quant import KVFormat, KVShape, format_hash, uniform_plan
 from kvtuner_sglang.serving.checkpoint import Checkpoint
 from kvtuner_sglang.serving.commands import Measurement
@@ -89,6 +90,10 @@ def _check_pool(rank: Info, config: RunConfig, plan: Sequence[KVFormat]) -> None
     if rank["pool_class"] != wanted or rank["enabled"] is not config.quant.enabled:
         raise RunFailed(f"{_name(rank)} keeps its keys and values in {rank['pool_class']} instead of {wanted}: "
                         f"{REINSTALL}.")
+    attention = choose_attention(config.server.attention, rank["device"].startswith("cpu"))
+    if config.quant.enabled and not rank["attention"].startswith(attention):
+        raise RunFailed(f"{_name(rank)} serves by {rank['attention']} attention instead of {attention}: start every "
+                        "node with the flags of its script.")
     if config.quant.enabled and rank["page_size"] != config.quant.page_tokens:
         raise RunFailed(f"{_name(rank)} has pages of {rank['page_size']} tokens instead of {config.quant.page_tokens}: "
                         "start every node with the flags of its script.")

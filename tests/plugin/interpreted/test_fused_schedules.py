@@ -1,0 +1,18 @@
+"""Random schedules over the kernels' backend: see random_schedule.py."""
+
+from types import SimpleNamespace
+
+import pytest
+from random_schedule import Scheduler, run_schedule
+
+from kvtuner_sglang.plugin import fused_backend
+from kvtuner_sglang.quant import KVFormat, TensorFormat
+
+BOOSTED = KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True))
+
+
+@pytest.mark.parametrize("steps", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_schedules_never_show_a_wrong_token(device, steps, monkeypatch):
+    monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    run_schedule(Scheduler(BOOSTED, seed=3, page=64, padded=True, backend_class=fused_backend.FusedBackend,
+                           device=device), steps)
