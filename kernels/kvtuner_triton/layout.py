@@ -5,7 +5,8 @@ A page holds `page_size` tokens of every kv head of the rank.  For keys, and aga
     codes   (pages, kv_heads, page_size, head_dim * bits / 8)   uint8
             order "plain": bits < 8 little end first, so channel c sits in byte c * bits // 8 at bit (c * bits) % 8
             order "keys", "values": fragment order, in which a GPU reads MMA operands as they are (fragments.py); the
-            page_size * head_dim * bits / 8 bytes of a page and head then belong to no token alone
+            page_size * head_dim * bits / 8 bytes of a page and head then belong to no token alone.  The kernels'
+            pages have it, those of plain torch are plain
     meta    per token   (pages, kv_heads, page_size, groups, m)  fp16
             per channel (pages, kv_heads, m, head_dim)           fp16
             m = 2: scale, zero (asymmetric); m = 1: scale (symmetric)

@@ -34,6 +34,7 @@ class World:
     backend_class: type = ReferenceBackend
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    fragments: bool = False
     free_pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class World:
             device=self.device,
             enable_memory_saver=False,
             plan=[self.fmt],
+            fragments=self.fragments,
         )
         self.table = torch.zeros(self.slots, self.max_tokens, dtype=torch.int32, device=self.device)
         runner = SimpleNamespace(

@@ -41,8 +41,9 @@ class PackedKVPool(MHATokenToKVPool):
     per-channel keys need.  SGLang's generic accessors raise, so nothing reads or writes around the format.
     """
 
-    def __init__(self, size: int, *args: Any, plan: Sequence[KVFormat], **kwargs: Any) -> None:
-        self.plan = tuple(plan)
+    def __init__(self, size: int, *args: Any, plan: Sequence[KVFormat], fragments: bool, **kwargs: Any) -> None:
+        """fragments: in the order that GPU kernels read (layout.py), which plain torch is slower to undo."""
+        self.plan, self.fragments = tuple(plan), fragments
         self.layers: list[LayerPages] = []
         super().__init__(size, *args, **kwargs)
 
@@ -57,9 +58,11 @@ class PackedKVPool(MHATokenToKVPool):
             raise ConfigError(f"the plan has {len(self.plan)} layers but this rank holds {self.layer_num}.")
         self.shape = KVShape(self.head_num, self.head_dim, self.dtype.itemsize, self.page_size)
         pages = self.size // self.page_size + 1  # page 0 is padding
+        plain: tuple[layout.Order, layout.Order] = ("plain", "plain")
         for fmt in self.plan:
+            orders = layout.orders(fmt, self.shape) if self.fragments else plain
             key, value = (layout.allocate(f, self.shape, pages, self.dtype, self.device, order)
-                          for f, order in zip((fmt.key, fmt.value), layout.orders(fmt, self.shape), strict=True))
+                          for f, order in zip((fmt.key, fmt.value), orders, strict=True))
             self.layers.append(LayerPages(fmt, key, value))
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
 

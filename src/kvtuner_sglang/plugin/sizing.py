@@ -9,6 +9,7 @@ from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin import startup_check
+from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.plugin.options import options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.quant import KVFormat, KVShape
@@ -98,6 +99,8 @@ def around_calculate_pool_sizes(original: Callable[..., Any], self: Any, availab
 
 def around_build_mha_kv_pool(original: Callable[..., Any], kvc: Any, *, mha_pool_class: Any, **kwargs: Any) -> Any:
     """Swap SGLang's pool class for the packed one."""
-    if options_of(kvc.server_args).enabled:
-        mha_pool_class = functools.partial(PackedKVPool, plan=rank_plan(kvc))
+    options = options_of(kvc.server_args)
+    if options.enabled:
+        fused = choose_attention(options.kvtuner_attention, kvc.device == "cpu") == "fused"
+        mha_pool_class = functools.partial(PackedKVPool, plan=rank_plan(kvc), fragments=fused)
     return original(kvc, mha_pool_class=mha_pool_class, **kwargs)

@@ -42,7 +42,7 @@ def packed(world: World) -> list[torch.Tensor]:
 def test_bytes_and_answers_are_those_of_the_reference(device, name, monkeypatch):
     monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     fmt, page = FORMATS[name]
-    size = {"page_size": page, "pages": 16 if page > 1 else 512}
+    size = {"page_size": page, "pages": 16 if page > 1 else 512, "fragments": True}
     worlds = [World(fmt, backend_class=fused_backend.FusedBackend, device=device, **size), World(fmt, **size)]
     random = torch.Generator().manual_seed(7)
     for spans in PASSES:
@@ -69,13 +69,13 @@ def test_the_scheduler_is_made_to_wait_for_the_whole_step(device, monkeypatch):
     """The kernels read req_to_token during a replay, and SGLang's faster barrier lets it be rewritten by then."""
     monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     monkeypatch.setenv("SGLANG_FORCE_COARSE_WAR_BARRIER", "0")
-    World(BOOSTED, page_size=PAGE, backend_class=fused_backend.FusedBackend, device=device)
+    World(BOOSTED, page_size=PAGE, fragments=True, backend_class=fused_backend.FusedBackend, device=device)
     assert envs.SGLANG_FORCE_COARSE_WAR_BARRIER.get() is True
 
 
 def test_a_layer_that_packed_pages_do_not_serve_stops(device, monkeypatch):
     monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    world = World(BOOSTED, page_size=PAGE, backend_class=fused_backend.FusedBackend, device=device)
+    world = World(BOOSTED, page_size=PAGE, fragments=True, backend_class=fused_backend.FusedBackend, device=device)
     strange = SimpleNamespace(**{**vars(LAYER), "logit_cap": 30.0})
     with pytest.raises(ConfigError, match="soft-capping"):
         world.backend.forward_decode(torch.zeros(1, Q_HEADS * HEAD_DIM), torch.zeros(1, KV_HEADS * HEAD_DIM),

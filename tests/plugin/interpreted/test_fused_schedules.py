@@ -14,5 +14,5 @@ BOOSTED = KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmet
 @pytest.mark.parametrize("steps", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_random_schedules_never_show_a_wrong_token(device, steps, monkeypatch):
     monkeypatch.setattr(fused_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    run_schedule(Scheduler(BOOSTED, seed=3, page=64, padded=True, backend_class=fused_backend.FusedBackend,
-                           device=device), steps)
+    run_schedule(Scheduler(BOOSTED, seed=3, page=64, padded=True, fragments=True, device=device,
+                           backend_class=fused_backend.FusedBackend), steps)
