@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_sglang.kernel_bench.publish import publishable, slug
+from kvtuner_sglang.evidence.published import slug
+from kvtuner_sglang.kernel_bench.publish import publishable
 from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
+from kvtuner_sglang.speed.publish import published
+from kvtuner_sglang.speed.tidy import table_of, to_csv
 
 PUBLISHED = Path(__file__).parents[1] / "runs" / "published"
 KERNELS = sorted(path.parent for path in PUBLISHED.glob("kernels/*/record.json"))
@@ -46,3 +49,11 @@ def test_the_kernels_table_is_what_the_record_gives(run_dir):
 def test_every_kernels_table_has_its_run():
     tables = {path.stem for path in PUBLISHED.glob("kernels/*.csv")}
     assert tables == {run_dir.name for run_dir in KERNELS}
+
+
+def test_the_engine_tables_are_what_the_records_give():
+    folder = PUBLISHED / "engine"
+    records = published(folder)
+    tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
+    given = {slug(str(gpu)): to_csv(rows) for gpu, rows in table_of(records).groupby("gpu")} if records else {}
+    assert tables == given

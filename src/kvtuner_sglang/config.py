@@ -20,11 +20,13 @@ from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat
+from kvtuner_sglang.speed.config import SpeedConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 STRICT = ConfigDict(extra="forbid")
+LOADS = {"quality": "quality", "speed": "speed"}  # which group says how much a task measures; workload for the others
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,6 +54,7 @@ class QuantConfig:
     asym: bool
     key_boost: bool | None
     page_size: PositiveInt | None
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"  # SGLang's own, without quantization
 
     def options(self) -> KvtunerOptions:
         """What the plugin is asked for in a server of this format."""
@@ -153,7 +156,7 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -161,6 +164,7 @@ class RunConfig:
     workload: WorkloadConfig
     quality: QualityConfig
     kernels: KernelsConfig
+    speed: SpeedConfig
     tracking: TrackingConfig
     report: ReportConfig
     seed: int
@@ -176,8 +180,8 @@ class RunConfig:
         if self.task == "kernels":
             kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
         else:
-            other_task = "workload" if self.task == "quality" else "quality"
-            left_out = ("force", "runs_dir", "tracking", "report", "kernels", other_task)
+            other_tasks = {"workload", "quality", "kernels", "speed"} - {LOADS.get(self.task, "workload")}
+            left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -185,7 +189,9 @@ class RunConfig:
     def slug(self) -> str:
         if self.task == "kernels":
             return f"kernels-{self.kernels.name}"
-        load = self.quality.name if self.task == "quality" else self.workload.name
+        load = getattr(self, LOADS.get(self.task, "workload")).name
+        if self.task == "speed":
+            load = f"{self.speed.backend}-{load}"
         return f"{self.task}-{self.model.name}-{self.quant.name}-{self.dist.name}-{load}"
 
     @property
@@ -238,8 +244,9 @@ def check(config: RunConfig) -> None:
     if config.quality.window_tokens >= config.quality.context_length:
         raise ConfigError(f"quality.window_tokens={config.quality.window_tokens} does not fit "
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")
-    if config.task == "quality" and dist.ranks > 1:
-        raise ConfigError("task=quality measures on one rank: choose dist=single.")
+    if config.task in ("quality", "speed") and dist.ranks > 1:
+        raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
+    _check_speed(config)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
@@ -247,3 +254,26 @@ def check(config: RunConfig) -> None:
             f"workload {config.workload.name} needs {longest} tokens but server.context_length is "
             f"{server.context_length}: raise it or choose a shorter workload."
         )
+
+
+def _check_speed(config: RunConfig) -> None:
+    """What fits task=speed, and what fits no other task."""
+    quant, speed = config.quant, config.speed
+    if config.task != "speed":
+        if config.model.source.startswith("dummy:"):
+            raise ConfigError(f"model={config.model.name} has random weights, so only task=speed can use it.")
+        if quant.kv_cache_dtype != "auto":
+            raise ConfigError(f"quant={quant.name} is SGLang's own cache, which only task=speed measures as a peer.")
+        return
+    if quant.enabled and (quant.kv_cache_dtype != "auto" or speed.backend != "auto"):
+        raise ConfigError(f"quant={quant.name} is served by the plugin's own attention: leave "
+                          "speed.backend and quant.kv_cache_dtype at auto.")
+    first, second = speed.new_tokens
+    if first < 2 or second < 2 * first:
+        raise ConfigError(f"speed.new_tokens=[{first}, {second}] says little about decoding: give two lengths from 2 "
+                          "up, the second at least twice the first.")
+    if speed.longest > speed.context_length:
+        raise ConfigError(f"speed={speed.name} needs {speed.longest} tokens but speed.context_length is "
+                          f"{speed.context_length}: raise it or choose shorter cells.")
+    if not (speed.decode or speed.saturation or speed.ttft_tokens or speed.ttft_cached):
+        raise ConfigError(f"speed={speed.name} measures nothing: give speed.decode or speed.ttft_tokens.")

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import slug
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.kernel_bench.figures import speedups, write_figures
-from kvtuner_sglang.kernel_bench.publish import main, publish, slug
+from kvtuner_sglang.kernel_bench.publish import main, publish
 from kvtuner_sglang.kernel_bench.samples import DecodeTimes, best, sample_of
 from kvtuner_sglang.kernel_bench.table import acceptance, cell_line
 from kvtuner_sglang.kernel_bench.tidy import COLUMNS, FLOAT_FORMAT, table_of_run

@@ -1,11 +1,17 @@
-"""What every published folder has: checksums of all its files, and records whose commit is known."""
+"""What every published folder has: names made of the GPU's, checksums of all its files, records of a known commit."""
 
+import re
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RunRecord, file_sha256
 
 SUMS_FILE = "SHA256SUMS"
+
+
+def slug(gpu: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia_h100_80gb_hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
 def write_sums(folder: Path) -> Path:

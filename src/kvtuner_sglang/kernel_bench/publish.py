@@ -5,23 +5,17 @@
 A run replaces the published one of the same GPU, so that a table never mixes runs.
 """
 
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import require_commit, write_sums
+from kvtuner_sglang.evidence.published import require_commit, slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 from kvtuner_sglang.kernel_bench.figures import write_figures
 from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, write_table
-
-
-def slug(gpu: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "nvidia_h100_80gb_hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
 
 
 def publishable(run_dir: Path) -> RunRecord:

@@ -16,7 +16,7 @@ from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RankRecord
 from kvtuner_sglang.quant import KVShape, uniform_plan
 
 MIB = 2**20
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.used,memory.total", "--format=csv,noheader,nounits")
 NVIDIA_SMI_TIMEOUT_S = 20
 

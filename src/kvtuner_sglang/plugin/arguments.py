@@ -31,7 +31,7 @@ ALLOWED_ARGUMENTS = frozenset((
     "random_seed", "stream_interval", "watchdog_timeout", "soft_watchdog_timeout", "decode_log_interval",
     "skip_server_warmup", "warmups", "disable_custom_all_reduce", "disable_overlap_schedule", "disable_radix_cache",
     "grammar_backend", "sampling_backend", "attention_backend", "page_size", "disable_cuda_graph",
-    "enable_mixed_chunk",
+    "enable_mixed_chunk", "cuda_graph_max_bs_decode", "skip_tokenizer_init",
 ))
 
 _from_cli: contextvars.ContextVar[KvtunerOptions | None] = contextvars.ContextVar("kvtuner_options", default=None)

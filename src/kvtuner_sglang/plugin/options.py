@@ -6,7 +6,7 @@ Names are those of the earlier KVTuner adapter for SGLang.  The same names, with
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from kvtuner_sglang.errors import ConfigError
@@ -82,6 +82,12 @@ def pop_options(keywords: dict[str, Any]) -> KvtunerOptions:
     if unknown:
         raise ConfigError(f"{unknown[0]} is not a kvtuner option: choose from {', '.join(sorted(known))}.")
     return KvtunerOptions(**given)
+
+
+def keywords_of(options: KvtunerOptions, **changes: Any) -> dict[str, Any]:
+    """Keywords of `sglang.Engine` that give these options with `changes`; only those that differ from the defaults."""
+    default = asdict(KvtunerOptions())
+    return {name: value for name, value in asdict(replace(options, **changes)).items() if value != default[name]}
 
 
 def options_of(server_args: Any) -> KvtunerOptions:

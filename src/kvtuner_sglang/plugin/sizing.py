@@ -44,6 +44,12 @@ def tokens_in(budget_bytes: int, bytes_per_token: float, page_size: int, tail_by
 
 def around_profile_available_bytes(original: Callable[..., int], kvc: Any, *args: Any, **kwargs: Any) -> int:
     """--kvtuner-kv-gib, honoured for full precision too; SGLang's own figure stays the upper bound."""
+    available = _budget_bytes(original, kvc, *args, **kwargs)
+    startup_check.note_budget(kvc.server_args, available)
+    return available
+
+
+def _budget_bytes(original: Callable[..., int], kvc: Any, *args: Any, **kwargs: Any) -> int:
     options = options_of(kvc.server_args)
     startup_check.announce(kvc)
     available = original(kvc, *args, **kwargs)  # takes the minimum over all ranks: the barrier announce() needs

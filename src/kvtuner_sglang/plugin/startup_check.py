@@ -30,6 +30,11 @@ ASKED_ON_ALL_RANKS = ("enabled", "plan_hash", "attention_asked", "package_versio
 SAME_ON_ALL_RANKS = (*ASKED_ON_ALL_RANKS, "tokens")
 
 
+def note_budget(server_args: Any, budget_bytes: int) -> None:
+    """Keep what this rank may spend on keys and values, for its report."""
+    object.__setattr__(server_args, "_kvtuner_budget_bytes", int(budget_bytes))
+
+
 def announce(kvc: Any) -> None:
     """Before SGLang's barrier: say what this rank was asked for."""
     _store().set(_key("asked", dist.get_rank()), json.dumps(_asked(kvc.server_args, kvc.model_config)))
@@ -86,6 +91,7 @@ def rank_state(scheduler: Any) -> dict[str, Any]:
         "kv_heads": pool.head_num, "head_dim": pool.head_dim, "dtype": str(pool.dtype).removeprefix("torch."),
         "tokens": scheduler.max_total_num_tokens,
         "pool_bytes": pool_bytes, "tail_bytes": tail_bytes,
+        "budget_bytes": getattr(args, "_kvtuner_budget_bytes", None),
         "bytes_per_token": shape.bytes_per_token(local),
         "bytes_per_token_full": pool.layer_num * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
     }

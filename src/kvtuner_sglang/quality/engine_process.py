@@ -1,17 +1,12 @@
-"""Start an engine process, pass on its progress, bound its time and leave nothing of it behind."""
+"""An engine process for one EngineSpec: its command, its environment, its result."""
 
-import os
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
+from kvtuner_sglang.errors import RunFailed
 from kvtuner_sglang.quality.engine_spec import EngineResult, EngineSpec
-
-REFUSED = "refused: "
+from kvtuner_sglang.serving.bounded_process import run_bounded
 
 
 def engine_command(spec_path: Path, result_path: Path) -> list[str]:
@@ -38,43 +33,9 @@ def run_engine(spec: EngineSpec, timeout_s: float, log_path: Path, say: Callable
     spec_path, result_path = folder / "spec.json", folder / "result.json"
     spec.write(spec_path)
     result_path.unlink(missing_ok=True)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            engine_command(spec_path, result_path), stdout=subprocess.PIPE, stderr=log, text=True,
-            env=os.environ | engine_environment(spec.device), start_new_session=True,
-        )
-        timer = threading.Timer(timeout_s, _kill_group, [process.pid])
-        timer.start()
-        try:
-            refused = _follow(process, say)
-        finally:
-            timer.cancel()
-            _kill_group(process.pid)
-            process.wait()
-    if refused is not None:
-        raise MeasurementInvalid(refused)
+    status = run_bounded(engine_command(spec_path, result_path), engine_environment(spec.device), timeout_s, log_path,
+                         say)
     if not result_path.exists():
-        raise RunFailed(f"the engine process ended without a result (exit status {process.returncode}, bound "
-                        f"{timeout_s:g} s): see {log_path}.")
+        raise RunFailed(f"the engine process ended without a result (exit status {status}, bound {timeout_s:g} s): "
+                        f"see {log_path}.")
     return EngineResult.read(result_path)
-
-
-def _follow(process: subprocess.Popen[str], say: Callable[[str], None]) -> str | None:
-    """Pass on every line until the process ends; its refusal, if it made one."""
-    refused = None
-    for line in process.stdout or ():
-        text = line.rstrip("\n")
-        if text.startswith(REFUSED):
-            refused = text.removeprefix(REFUSED)
-        else:
-            say(text)
-    process.wait()
-    return refused
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return

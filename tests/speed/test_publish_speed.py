@@ -1,0 +1,87 @@
+"""Records -> one table and one figure a GPU, with checksums, the figure from the table alone."""
+
+import csv
+import hashlib
+
+import pytest
+
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.speed.decode_figure import write_figure
+from kvtuner_sglang.speed.publish import publish, published
+from kvtuner_sglang.speed.tidy import table_of, to_csv
+
+COLUMNS = ["gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
+           "ttft_ms", "tpot_ms", "commit"]
+
+
+@pytest.fixture
+def folder(tmp_path, run_dir):
+    runs = [run_dir("speed-a", quant="kv4"), run_dir("speed-b", quant="bf16", factor=0.5),
+            run_dir("speed-c", quant="bf16", backend="triton", factor=0.4), run_dir("speed-d", quant="fp8")]
+    publish(runs, tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+def test_the_table_has_exactly_the_columns_and_a_row_a_cell(folder):
+    with (folder / "test_gpu_80gb.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS
+    assert len(rows) == 4 * 5
+    kv4 = {(row["workload"], row["batch"]): row for row in rows if row["quant"] == "kv4"}
+    decode = kv4["decode", "48"]
+    assert (decode["gpu"], decode["model"], decode["dist"], decode["backend"]) == (
+        "Test GPU 80GB", "m", "single", "kvtuner")
+    assert (decode["decode_tok_s"], decode["tpot_ms"], decode["ttft_ms"]) == ("100", "10", "")
+    assert (decode["kv_tokens"], decode["commit"], decode["context"]) == ("1000", "abcdefabcdef", "16384")
+    assert kv4["saturation", "90"]["decode_tok_s"] == "100"
+    ttft = kv4["ttft", "1"]
+    assert (ttft["context"], ttft["ttft_ms"], ttft["decode_tok_s"], ttft["tpot_ms"]) == ("1000", "30", "", "")
+    assert kv4["ttft_cached_16384", "1"]["context"] == "16896"
+    assert {row["backend"] for row in rows if row["quant"] == "bf16"} == {"flashinfer", "triton"}
+
+
+def test_table_and_checksums_come_back(folder):
+    assert to_csv(table_of(published(folder))) == (folder / "test_gpu_80gb.csv").read_text()
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert set(sums) == files - {"SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert {"test_gpu_80gb-decode.pdf", "test_gpu_80gb-decode.png", "speed-a/record.json"} <= files
+
+
+def test_the_figure_comes_from_the_table_alone_and_repeats_to_the_byte(folder):
+    path = folder / "test_gpu_80gb.csv"
+    first = {figure.name: figure.read_bytes() for figure in write_figure(path)}
+    assert {figure.name: figure.read_bytes() for figure in write_figure(path)} == first
+    path.write_text(path.read_text().replace(",100,", ",300,"))
+    assert write_figure(path)[1].read_bytes() != first["test_gpu_80gb-decode.png"]
+
+
+def test_a_run_of_the_same_name_is_replaced_and_a_second_of_the_same_cells_refused(folder, run_dir, tmp_path):
+    again = run_dir("again/speed-a", quant="kv4", commit="c" * 40)
+    publish([again], folder)
+    assert "c" * 12 in (folder / "test_gpu_80gb.csv").read_text()
+    before = (folder / "test_gpu_80gb.csv").read_bytes()
+    with pytest.raises(UserError, match="two runs measured kv4"):
+        publish([run_dir("speed-twin", quant="kv4")], folder)
+    assert (folder / "test_gpu_80gb.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("changes", "part"), [
+    ({"status": "invalid"}, "is invalid"),
+    ({"device": "cpu"}, "ran on no GPU"),
+    ({"dirty": True}, "no commit describes"),
+])
+def test_what_may_not_be_published_is_refused(run_dir, tmp_path, changes, part):
+    with pytest.raises(UserError, match=part):
+        publish([run_dir("speed-x", **changes)], tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_changed_samples_are_refused(run_dir, tmp_path):
+    run = run_dir("speed-x")
+    (run / "requests.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="not what the record says"):
+        publish([run], tmp_path / "engine")
