@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_sglang.evidence.published import slug
-from kvtuner_sglang.kernel_bench.publish import publishable
+from kvtuner_sglang.evidence.published import publishable, slug
 from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
 from kvtuner_sglang.speed.publish import published
@@ -40,7 +39,7 @@ def test_the_quality_table_is_what_the_records_give():
 
 @pytest.mark.parametrize("run_dir", KERNELS, ids=lambda path: path.name)
 def test_the_kernels_table_is_what_the_record_gives(run_dir):
-    record = publishable(run_dir)
+    record = publishable(run_dir, "kernels")
     assert run_dir.name == slug(gpu_of(record))
     frame = table_of_run(run_dir, record)
     assert run_dir.with_suffix(".csv").read_text() == frame.to_csv(index=False, float_format=FLOAT_FORMAT)

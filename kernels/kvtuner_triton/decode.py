@@ -82,7 +82,8 @@ class DecodeWorkspace:
 
     def __post_init__(self) -> None:
         if self.multiprocessors is None:
-            self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            cuda = torch.device(self.device).type == "cuda"  # a CPU interprets one program after the other
+            self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
         if self.portable is None:
             self.portable = not has_fragments(self.device) or self.q_heads > 8 * self.kv_heads
         rows = plan_rows(self.batch, self.multiprocessors * self.tuning.programs_per_sm // self.kv_heads)

@@ -4,8 +4,7 @@
    Stores byte for byte against the CPU reference (store_bench.py).
 2. Times by CUDA graph: a graph holds STEPS or more decode steps of one layer over different pages (more than the L2
    cache together), tunings are replayed in turn, the figure is the median replay divided by steps.  us: decode and
-   merge, as a layer costs; plan apart, since it runs once a step for all layers.  floor: bytes that must be read over
-   3.066 TB/s, the plain read speed of an H100.
+   merge, as a layer costs; plan apart, since it runs once a step for all layers.
 3. The same with all pages in the L2 cache (what computing alone takes), the plain Triton kernels, and stores.
 
 Formats are what `quant.kv_format` makes of their bits, so kv4 has boosted keys and symmetric values; "plain" has not.
@@ -35,7 +34,6 @@ from kvtuner_triton.decode_token import BLOCK, attend_tokens, decode_token_atten
 from kvtuner_triton.store_bench import FORMATS, check_stores, time_stores
 from kvtuner_triton.timing import ceilings, graph_times
 
-READ_BYTES_PER_US = 3.066e6
 ROTATED_BYTES = 160e6
 STEPS = 20
 PAGE, HEADS, KV_HEADS, D = 64, 28, 4, 128
@@ -154,10 +152,6 @@ class Bench:
                 x.random_(256)
         return PackedPages(fmt.bits, packed.codes, packed.meta.uniform_(-0.05, 0.15), packed.extra)
 
-    @property
-    def floor_us(self) -> float:
-        return self.bytes / READ_BYTES_PER_US
-
     def works(self, tuning: Tuning, portable: bool) -> dict[str, Callable[[], None]]:
         """All steps: decode and merge, and each alone; and as many plans."""
         unit = BLOCK if self.per_token else PAGE
@@ -201,7 +195,7 @@ class Bench:
         for i, tuning in enumerate(tunings):
             us = times[i, "us"]
             yield (f"{self.name:9} {self.batch:3}x{self.context:<6}{kind:8} {describe(tuning):17} | {us:7.1f} us "
-                   f"{self.bytes / us / 1e3:6.0f} GB/s {us / self.floor_us:5.2f} x floor {self.floor_us:6.1f} | decode "
+                   f"{self.bytes / us / 1e3:6.0f} GB/s | decode "
                    f"{times[i, 'decode']:7.1f} merge {times[i, 'merge']:5.1f} plan {times[i, 'plan']:4.1f}")
 
 

@@ -92,27 +92,38 @@ def random_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_di
                  key_spread * normal(pages, kv_heads, page, head_dim) + bias, weight)
     values = pack(TensorFormat(value_bits, None, symmetric[1]), "values",
                    value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3))
-    order = torch.randperm(pages - 1, generator=random, device=device) + 1
-    slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
-    table = torch.randint(0, 2**30, (batch + 2, (max(stored) + 2) * page), generator=random, device=device,
-                          dtype=torch.int32)
+    slots, table, unused = random_table([n * page for n in stored], page, pages, (max(stored) + 2) * page, random)
     tails = (torch.full((batch + 2, page, kv_heads, head_dim), float("nan"), device=device, dtype=dtype)
              for _ in range(2))
     tail_key, tail_value = tails
-    used = 0
     for slot, length, count in zip(slots.tolist(), seq_lens, stored, strict=True):
-        ids = order[used:used + count]
-        used += count
-        tokens = (ids[:, None] * page + torch.arange(page, device=device)).flatten()
-        table[slot, :count * page] = tokens.to(torch.int32)
         rest = length - count * page
         tail_key[slot, :rest] = (key_spread * normal(rest, kv_heads, head_dim) + bias[0, :, 0]).to(dtype)
         tail_value[slot, :rest] = (value_spread * normal(rest, kv_heads, head_dim)).to(dtype)
-    unused = torch.cat([order[used:], torch.zeros(1, dtype=order.dtype, device=device)])
-    keys.meta[unused] = float("nan")
-    values.meta[unused] = float("nan")
+    keys.meta[unused.all(1)] = float("nan")
+    values.meta[unused.all(1)] = float("nan")
     return DecodeCase(normal(batch, q_heads, head_dim).to(dtype), keys, values, tail_key, tail_value, table, slots,
                       torch.tensor(seq_lens, device=device), head_dim**-0.5)
+
+
+def random_table(lengths: Sequence[int], page: int, pages: int, width: int,
+                 random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots (batch), req_to_token (batch + 2, width) and who is nobody's token, (pages, page) bool; page 0 is padding.
+
+    The first lengths[b] tokens of slots[b] are in pages of random order; the rest of the table is nonsense.
+    """
+    device, batch = random.device, len(lengths)
+    order = torch.randperm(pages - 1, generator=random, device=device) + 1
+    slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
+    table = torch.randint(0, 2**30, (batch + 2, width), generator=random, device=device, dtype=torch.int32)
+    unused, used = torch.ones(pages, page, dtype=torch.bool, device=device), 0
+    for slot, length in zip(slots.tolist(), lengths, strict=True):
+        ids = order[used:used + -(-length // page)]
+        used += len(ids)
+        places = (ids[:, None] * page + torch.arange(page, device=device)).flatten()[:length]
+        table[slot, :length] = places.to(torch.int32)
+        unused.view(-1)[places] = False
+    return slots, table, unused
 
 
 def random_token_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, head_dim: int, page: int,
@@ -125,23 +136,12 @@ def random_token_case(seq_lens: Sequence[int], *, q_heads: int, kv_heads: int, h
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random, device=device)
 
-    counts, batch = [-(-n // page) for n in seq_lens], len(seq_lens)
-    pages = sum(counts) + 2
+    batch, pages = len(seq_lens), sum(-(-n // page) for n in seq_lens) + 2
     packed = []
     for fmt, spread in zip(formats, (key_spread, value_spread), strict=True):
         codes, meta = reference.encode(fmt, spread * (normal(pages, kv_heads, page, head_dim) + 0.3))[:2]
         packed.append(PackedPages(fmt.bits, codes, meta))
-    order = torch.randperm(pages - 1, generator=random, device=device) + 1
-    slots = torch.randperm(batch + 2, generator=random, device=device)[:batch]
-    table = torch.randint(0, 2**30, (batch + 2, max(seq_lens) + page), generator=random, device=device,
-                          dtype=torch.int32)
-    unused, used = torch.ones(pages, page, dtype=torch.bool, device=device), 0
-    for slot, length, count in zip(slots.tolist(), seq_lens, counts, strict=True):
-        ids = order[used:used + count]
-        used += count
-        places = (ids[:, None] * page + torch.arange(page, device=device)).flatten()[:length]
-        table[slot, :length] = places.to(torch.int32)
-        unused.view(-1)[places] = False
+    slots, table, unused = random_table(seq_lens, page, pages, max(seq_lens) + page, random)
     for x in packed:
         x.meta.masked_fill_(unused[:, None, :, None, None], float("nan"))
     keys, values = packed

@@ -5,7 +5,8 @@ order; here each program finds them by the formulas of fragments.py, a byte an e
 x' = code * scale + zero in fp32.  Simple, and several times slower.
 
 Tolerance: if q is 16 bit, q, x', p and the page in progress are rounded to fp16 for dot products with fp32 sums, and
-the error is at most 2x that of bf16 PyTorch; if q is fp32 nothing is, and it is at most 4x that of fp32 PyTorch.
+the error is at most 2x that of bf16 PyTorch; if q is fp32 nothing is: at most 2x that of fp32 PyTorch and 2^-23 of the
+largest score.
 """
 
 import triton

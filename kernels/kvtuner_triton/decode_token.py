@@ -11,8 +11,8 @@ meta (pages, kv_heads, page, groups, 1 or 2) fp16; table = req_to_token (slots, 
 partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, base 2.
 
 Bytes a token and kv head at D = 128, one group: kv8 264, kv4 136, kv2 72.  Tolerance: error at most 2x that of bf16
-PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16 unless q is fp32 (then
-at most 4x that of fp32 PyTorch), all sums are fp32.
+PyTorch against float64 on the dequantized cache; q, x' and scale p are rounded to fp16, all sums are fp32.  If q is
+fp32 nothing is rounded to less: at most 2x the error of fp32 PyTorch and 2^-23 of the largest score.
 """
 
 import torch
@@ -37,6 +37,8 @@ def token_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, table, pla
                  KEY_BITS: tl.constexpr, KEY_GROUPS: tl.constexpr, KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr,
                  VALUE_GROUPS: tl.constexpr, VALUE_META: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr):
     """Program (head, row) does row `row` of the plan for kv head `head`; HEADS is GROUP padded to what a dot takes."""
+    # Codes and zeros summed apart cancel, which costs a digit: fp32 is asked for where digits count.
+    FOLD: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     head = tl.program_id(0)
     row = tl.program_id(1)
     request = tl.load(plan + row * 4)
@@ -57,7 +59,7 @@ def token_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, table, pla
             at = (place // PAGE * KV_HEADS + head) * PAGE + place % PAGE
             k = load_codes(key_codes, at, inside, D, KEY_BITS).to(q.dtype)
             v = load_codes(value_codes, at, inside, D, VALUE_BITS).to(q.dtype)
-            if KEY_GROUPS == 1:  # the score takes the scale and zero of a token, so that no element is multiplied
+            if KEY_GROUPS == 1 and FOLD:  # the score takes a token's scale and zero: no element is multiplied
                 scale, zero = load_meta(key_meta + at * KEY_META, inside, KEY_BITS, KEY_META)
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale[None, :]
                 score += q_sum[:, None] * zero[None, :]
@@ -69,7 +71,7 @@ def token_kernel(q_ptr, key_codes, key_meta, value_codes, value_meta, table, pla
             alpha = tl.exp2(top - new_top)
             p = tl.exp2(score - new_top[:, None])
             o *= alpha[:, None]
-            if VALUE_GROUPS == 1:
+            if VALUE_GROUPS == 1 and FOLD:
                 scale, zero = load_meta(value_meta + at * VALUE_META, inside, VALUE_BITS, VALUE_META)
                 weight = (p * scale[None, :]).to(v.dtype)
                 o = tl.dot(weight, v, o, input_precision="ieee") + tl.sum(p * zero[None, :], axis=1)[:, None]

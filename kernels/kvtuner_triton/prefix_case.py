@@ -11,7 +11,7 @@ import torch
 from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
-from kvtuner_triton.decode_case import pack, read
+from kvtuner_triton.decode_case import pack, random_table, read
 from kvtuner_triton.layout import Order
 from kvtuner_triton.prefix import PrefixTuning, prefix_attention, prefix_tables
 from kvtuner_triton.unpack import (
@@ -135,24 +135,15 @@ def random_prefix_case(spans: Sequence[tuple[int, int]], *, q_heads: int, kv_hea
     batch, per_channel = len(spans), formats[0].per_channel
     starts, ends = [start for start, _ in spans], [end for _, end in spans]
     tokens = stored_tokens(ends, page if per_channel else None).tolist()
-    counts = [-(-n // page) for n in tokens]
-    pages, rows = sum(counts) + 2, sum(ends) - sum(starts)
+    pages, rows = sum(-(-n // page) for n in tokens) + 2, sum(ends) - sum(starts)
     bias = 2 * key_spread * normal(1, kv_heads, 1, head_dim)
     orders: tuple[Order, Order] = ("keys", "values") if per_channel else ("plain", "plain")
     weight = normal(pages, kv_heads, head_dim).square()
     keys = pack(formats[0], orders[0], key_spread * normal(pages, kv_heads, page, head_dim) + bias, weight)
     values = pack(formats[1], orders[1], value_spread * (normal(pages, kv_heads, page, head_dim) + 0.3))
-    order = torch.randperm(pages - 1, generator=random, device=device) + 1
-    slots = torch.randperm(batch + 2, generator=random, device=device)[:batch].tolist()
-    table = torch.randint(0, 2**30, (batch + 2, max(ends) + page), generator=random, device=device, dtype=torch.int32)
-    unused, used = torch.ones(pages, page, dtype=torch.bool, device=device), 0
+    slots, table, unused = random_table(tokens, page, pages, max(ends) + page, random)
     tails = torch.full((2, batch + 2, page, kv_heads, head_dim), float("nan"), device=device, dtype=dtype)
-    for slot, start, length, count in zip(slots, starts, tokens, counts, strict=True):
-        ids = order[used:used + count]
-        used += count
-        places = (ids[:, None] * page + torch.arange(page, device=device)).flatten()[:length]
-        table[slot, :length] = places.to(torch.int32)
-        unused.view(-1)[places] = False
+    for slot, start in zip(slots.tolist(), starts, strict=True):
         old = start % page
         tails[0, slot, :old] = (key_spread * normal(old, kv_heads, head_dim) + bias[0, :, 0]).to(dtype)
         tails[1, slot, :old] = (value_spread * normal(old, kv_heads, head_dim)).to(dtype)
@@ -166,6 +157,6 @@ def random_prefix_case(spans: Sequence[tuple[int, int]], *, q_heads: int, kv_hea
     q.copy_(normal(*q.shape))
     k.copy_(key_spread * normal(*k.shape) + bias[0, :, 0])
     v.copy_(value_spread * normal(*v.shape))
-    return PrefixCase(q, k, v, formats, keys, values, *(tails if per_channel else (None, None)), table, slots,
-                      starts, ends, head_dim**-0.5)
+    return PrefixCase(q, k, v, formats, keys, values, *(tails if per_channel else (None, None)), table,
+                      slots.tolist(), starts, ends, head_dim**-0.5)
 

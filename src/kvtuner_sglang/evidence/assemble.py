@@ -1,8 +1,9 @@
 """Puts a run's parts together into its record."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.record import (
@@ -23,23 +24,15 @@ if TYPE_CHECKING:
     from kvtuner_sglang.serving.commands import NodeCommand
 
 
-class Figures(Protocol):
-    """What a task measured; measure.seed_tests.Measurements is one."""
+@dataclass(frozen=True)
+class Figures:
+    """What a valid run of any task found; `warnings` are oddities that do not make it invalid, `rules` what held."""
 
-    @property
-    def metrics(self) -> dict[str, Metric]: ...
-
-    @property
-    def kv(self) -> KVRecord | None: ...
-
-    @property
-    def memory(self) -> tuple[DeviceMemory, ...]: ...
-
-    @property
-    def rules(self) -> tuple[str, ...]: ...
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
+    metrics: dict[str, Metric]
+    rules: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    kv: KVRecord | None = None
+    memory: tuple[DeviceMemory, ...] = ()
 
 
 def utc_now() -> str:

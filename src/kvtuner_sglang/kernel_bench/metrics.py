@@ -1,9 +1,9 @@
 """From samples to what the record keeps: metrics with their n, and the rules that held."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from kvtuner_sglang.evidence.record import DeviceMemory, Metric, metric_key
+from kvtuner_sglang.evidence.assemble import Figures
+from kvtuner_sglang.evidence.record import Metric, metric_key
 from kvtuner_sglang.kernel_bench.cases import KVTUNER
 from kvtuner_sglang.kernel_bench.samples import Check, LeftOut, Sample, StoreTimes, best, ceilings_of
 from kvtuner_sglang.measure.metrics import summarize
@@ -17,19 +17,9 @@ RULES = (
 )
 
 
-@dataclass(frozen=True)
-class KernelFigures:
-    """What evidence.assemble needs; there is no engine, so no kv."""
-
-    metrics: dict[str, Metric]
-    warnings: tuple[str, ...]
-    kv: None = None
-    memory: tuple[DeviceMemory, ...] = ()
-    rules: tuple[str, ...] = RULES
-
-
-def figures(samples: Sequence[Sample]) -> KernelFigures:
-    return KernelFigures(metrics(samples), tuple(f"left out: {s.reason}" for s in samples if isinstance(s, LeftOut)))
+def figures(samples: Sequence[Sample]) -> Figures:
+    """There is no engine, so no KV cache of one."""
+    return Figures(metrics(samples), RULES, tuple(f"left out: {s.reason}" for s in samples if isinstance(s, LeftOut)))
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, Metric]:

@@ -1,11 +1,10 @@
 """The seed report's three tests, in its order, against one running server that stays the same throughout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, Metric
+from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.measure import memory, validity
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.measure.target import Server, Target
@@ -18,19 +17,8 @@ if TYPE_CHECKING:
     from kvtuner_sglang.serving.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Measurements:
-    """What a valid run found; `warnings` are oddities that do not make it invalid."""
-
-    metrics: dict[str, Metric]
-    kv: KVRecord
-    memory: tuple[DeviceMemory, ...]
-    rules: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
 def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: Callable[[str], None],
-                   keep: Callable[[Sample], None]) -> Measurements:
+                   keep: Callable[[Sample], None]) -> Figures:
     """Time to first token, throughput and latency, memory.
 
     Every request's sample goes to `keep` as it ends (evidence.samples.SampleLog.append), also when it does not count.
@@ -46,7 +34,7 @@ def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint",
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
     p50_ms = {tokens: metrics[f"ttft_ms/prompt_tokens={tokens}"].p50 for tokens in config.workload.ttft.prompt_tokens}
-    return Measurements(
+    return Figures(
         metrics=metrics,
         kv=memory.kv_record(after["kvtuner"], config),
         memory=memory.device_memory(after["kvtuner"]["ranks"]),

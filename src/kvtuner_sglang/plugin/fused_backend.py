@@ -61,9 +61,11 @@ class FusedBackend(AttentionBackend):
         rows = min(max(SCRATCH_TOKENS, self.req_to_token.shape[1]), self.pool.size)  # one request fits
         scratch = (2, rows, self.pool.head_num, self.pool.head_dim)
         self.scratch = torch.empty(scratch, dtype=self.pool.dtype, device=self.pool.device)
-        self.multiprocessors = None if model_runner.device == "cuda" else 1
         self.largest: DecodeWorkspace | None = None
         self.workspaces: dict[int, DecodeWorkspace] = {}
+        if self.attention != "fused":
+            logger.warning("kvtuner: decode attention runs in plain Triton, several times slower: the tensor-core "
+                           "kernel is for 16-bit models, at most 8 query heads a kv head and GPUs from sm_80.")
 
     @property
     def attention(self) -> str:
@@ -142,9 +144,8 @@ class FusedBackend(AttentionBackend):
             page = self.pool.page_size if self.per_channel else decode_token.BLOCK
             shape = (self.q_heads, self.pool.head_num, self.pool.head_dim)
             if self.largest is None or self.largest.batch < batch:
-                self.largest = DecodeWorkspace(max(batch, EAGER_BATCH), *shape, page, self.pool.device, self.tuning,
-                                               self.multiprocessors)
-            work = DecodeWorkspace(batch, *shape, page, self.pool.device, self.tuning, self.multiprocessors,
+                self.largest = DecodeWorkspace(max(batch, EAGER_BATCH), *shape, page, self.pool.device, self.tuning)
+            work = DecodeWorkspace(batch, *shape, page, self.pool.device, self.tuning,
                                    buffers=self.largest.buffers)
             self.workspaces[batch] = work
         return work

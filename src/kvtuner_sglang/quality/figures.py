@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, Metric
+from kvtuner_sglang.evidence.assemble import Figures
+from kvtuner_sglang.evidence.record import KVRecord, Metric
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.quality.compare import Mean, TokenRows, block_mean, paired_difference, share
 from kvtuner_sglang.quality.engine_run import as_lists
@@ -19,17 +20,6 @@ RULES = (
     "every logit is finite",
     "the engine reports the plan that was asked for",
 )
-
-
-@dataclass(frozen=True)
-class QualityFigures:
-    """What evidence.assemble needs."""
-
-    metrics: dict[str, Metric]
-    kv: KVRecord
-    memory: tuple[DeviceMemory, ...]
-    rules: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,11 +46,11 @@ class ItemSample:
     right_full: bool
 
 
-def figures(quality: Quality, kv: KVRecord) -> QualityFigures:
+def figures(quality: Quality, kv: KVRecord) -> Figures:
     metrics = prose_metrics(quality.rows)
     for name, right in quality.right.items():
         metrics |= item_metrics(name, right, quality.right_full[name])
-    return QualityFigures(metrics, kv, (), RULES, _warnings(metrics))
+    return Figures(metrics, RULES, _warnings(metrics), kv)
 
 
 def prose_metrics(rows: Sequence[TokenRows]) -> dict[str, Metric]:

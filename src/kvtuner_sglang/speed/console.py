@@ -1,18 +1,19 @@
 """What a speed run prints at its end."""
 
+from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.record import Metric
-from kvtuner_sglang.speed.figures import SpeedFigures
 
 DECODE = ("decode_tok_s", "saturation_decode_tok_s")
 
 
-def table(found: SpeedFigures) -> list[str]:
+def table(found: Figures) -> list[str]:
     """Lines for the console: tokens, every decode cell, every time to first token."""
     metrics = found.metrics
-    lines = [f"  KV cache    {found.kv.tokens} tokens at {found.kv.effective_bits:.2f} effective bits"]
+    tokens = metrics["kv_tokens"].p50
+    lines = [f"  KV cache    {tokens:.0f} tokens"]
     if "kv_tokens_formula" in metrics:
         formula = metrics["kv_tokens_formula"].p50
-        lines[0] += f", {found.kv.tokens / formula:.3f} of the {formula:.0f} that its budget holds by the formula"
+        lines[0] += f", {tokens / formula:.3f} of the {formula:.0f} that its budget holds by the formula"
     for key, metric in metrics.items():
         name, _, where = key.partition("/")
         if name in DECODE:

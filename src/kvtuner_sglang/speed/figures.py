@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, Metric, metric_key
+from kvtuner_sglang.evidence.assemble import Figures
+from kvtuner_sglang.evidence.record import KVRecord, Metric, metric_key
 from kvtuner_sglang.measure.memory import ITEMSIZE, kv_record
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.quant import KVShape, uniform_plan
@@ -16,17 +17,6 @@ from kvtuner_sglang.speed.hardware import MS_PER_S, Floor
 RANDOM_WEIGHTS = "The weights are random (load_format=dummy): speed does not depend on them; the text means nothing."
 NO_FLOOR = "The peaks of this device are not listed, so no time was held against its physical floor."
 FP8_BITS = 8.0
-
-
-@dataclass(frozen=True)
-class SpeedFigures:
-    """What evidence.assemble needs."""
-
-    metrics: dict[str, Metric]
-    kv: KVRecord
-    memory: tuple[DeviceMemory, ...]
-    rules: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,8 @@ def _cells(calls: Iterable[Call]) -> list[tuple[str, int, int]]:
     return list(dict.fromkeys((call.workload, call.batch, call.context) for call in calls))
 
 
-def figures(result: SpeedResult, calls: Sequence[Call], config: RunConfig, floor: Floor, arguments: dict[str, Any],
-            ) -> SpeedFigures:
+def figures(result: SpeedResult, calls: Sequence[Call], config: RunConfig, floor: Floor,
+            arguments: dict[str, Any]) -> Figures:
     """Everything of a finished run, `arguments` the engine's; raises MeasurementInvalid if a figure cannot be."""
     kv = kv_as_stored(result.kvtuner, config, arguments["dtype"])
     metrics = kv_metrics(result.kvtuner, kv, config, arguments["max_running_requests"])
@@ -98,7 +88,7 @@ def figures(result: SpeedResult, calls: Sequence[Call], config: RunConfig, floor
     warnings = [*result.skipped]
     warnings += [RANDOM_WEIGHTS] if config.model.source.startswith("dummy:") else []
     warnings += [NO_FLOOR] if floor.peak is None else []
-    return SpeedFigures(metrics, kv, (), validity.rules_held(), tuple(warnings))
+    return Figures(metrics, validity.rules_held(), tuple(warnings), kv)
 
 
 def kv_metrics(state: dict[str, Any], kv: KVRecord, config: RunConfig, max_running_requests: int) -> dict[str, Metric]:

@@ -5,51 +5,30 @@
 A run replaces the published one of the same name; table and figure are made anew from all runs in the folder.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import require_commit, slug, write_sums
-from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
-from kvtuner_sglang.evidence.samples import SAMPLES_FILE
+from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
+from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.speed.decode_figure import write_figure
-from kvtuner_sglang.speed.tidy import gpu_of, table_of, to_csv
-
-
-def publishable(run_dir: Path) -> RunRecord:
-    """The record of run_dir; raises UserError unless it is a whole, valid run of task=speed on a GPU."""
-    record = load_record(run_dir)
-    if record.config.get("task") != "speed":
-        raise UserError(f"{run_dir} holds a run of task={record.config.get('task')}: give runs of task=speed.")
-    gpu_of(record)
-    samples = run_dir / record.samples.file
-    if not samples.exists() or file_sha256(samples) != record.samples.sha256:
-        raise UserError(f"{samples} is not what the record says: repeat the run with force=true.")
-    require_commit(record, run_dir)
-    return record
+from kvtuner_sglang.speed.tidy import table_of, to_csv
 
 
 def published(folder: Path) -> list[RunRecord]:
     """Every run of the folder, by name."""
-    return [publishable(path.parent) for path in sorted(folder.glob("*/record.json"))]
+    return [publishable(path.parent, "speed") for path in sorted(folder.glob("*/record.json"))]
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy, tabulate and draw; returns what was written. Raises UserError, before it writes, if a run cannot be."""
-    found = {run_dir.name: (run_dir, publishable(run_dir)) for run_dir in run_dirs}
+    found = {run_dir.name: (run_dir, publishable(run_dir, "speed")) for run_dir in run_dirs}
     kept = [record for record in published(folder) if record.name not in found]
     records = sorted([*kept, *(record for _, record in found.values())], key=lambda record: record.name)
     frame = table_of(records)
     for name, (run_dir, _) in found.items():
-        target = folder / name
-        if target.resolve() == run_dir.resolve():
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for file in (RECORD_FILE, SAMPLES_FILE):
-            shutil.copyfile(run_dir / file, target / file)
+        copy_run(run_dir, folder / name)
     paths = []
     for gpu, rows in frame.groupby("gpu"):
         path = folder / f"{slug(str(gpu))}.csv"

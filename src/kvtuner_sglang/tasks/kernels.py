@@ -5,18 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
-from kvtuner_sglang.evidence import sweep, tracking
-from kvtuner_sglang.evidence.assemble import assemble, utc_now
-from kvtuner_sglang.evidence.environment import PROJECT_ROOT, collect_environment
+from kvtuner_sglang.evidence import tracking
+from kvtuner_sglang.evidence.assemble import Figures
+from kvtuner_sglang.evidence.environment import PROJECT_ROOT
 from kvtuner_sglang.evidence.outcome import Outcome
-from kvtuner_sglang.evidence.record import Status, write_record
 from kvtuner_sglang.evidence.samples import SampleLog
-from kvtuner_sglang.kernel_bench.metrics import KernelFigures, figures
+from kvtuner_sglang.kernel_bench.metrics import figures
 from kvtuner_sglang.kernel_bench.run import bench, require_device
 from kvtuner_sglang.kernel_bench.samples import Sample
 from kvtuner_sglang.kernel_bench.table import acceptance
 from kvtuner_sglang.serving.commands import NodeCommand
+from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
 
 Say = Callable[[str], None]
@@ -29,30 +28,21 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     """
     require_device(config.kernels)
     say(f"{config.run_dir}")
-    started, reason = utc_now(), None
-    status: Status = "failed"
-    found: KernelFigures | None = None
     samples: list[Sample] = []
+
+    def measure(attempt: Attempt, log: SampleLog) -> Figures:
+        attempt.commands = (_command(overrides),)
+        for sample in bench(config.kernels, config.seed, say):
+            log.append(sample)
+            samples.append(sample)
+        return figures(samples)
+
     with run_directory(config.run_dir):
-        with SampleLog(config.run_dir) as log:
-            try:
-                for sample in bench(config.kernels, config.seed, say):
-                    log.append(sample)
-                    samples.append(sample)
-                found, status = figures(samples), "ok"
-            except MeasurementInvalid as error:
-                status, reason = "invalid", str(error)
-            except RunFailed as error:
-                reason = str(error)
-        write_record(config.run_dir, assemble(
-            config, overrides=overrides, started=started, status=status, reason=reason,
-            environment=collect_environment(), samples=log.summary(), group=sweep.current_sweep(),
-            commands=(_command(overrides),), figures=found,
-        ))
+        attempt = record(config, overrides, measure, checkpoint=None)
         tracking.mirror(config.run_dir)
-    for line in acceptance(samples) if found else (f"  {status}: {reason}",):
+    for line in acceptance(samples) if attempt.figures else (f"  {attempt.status}: {attempt.reason}",):
         say(line)
-    return Outcome(config.run_dir, status, skipped=False, reason=reason)
+    return attempt.outcome(config)
 
 
 def _command(overrides: Sequence[str]) -> NodeCommand:

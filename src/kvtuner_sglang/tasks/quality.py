@@ -5,22 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
-from kvtuner_sglang.evidence import sweep, tracking
-from kvtuner_sglang.evidence.assemble import assemble, utc_now
-from kvtuner_sglang.evidence.environment import collect_environment
+from kvtuner_sglang.evidence import tracking
+from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.outcome import Outcome
-from kvtuner_sglang.evidence.record import Status, write_record
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.measure.memory import kv_record
 from kvtuner_sglang.quality.engine_process import engine_command, engine_environment
-from kvtuner_sglang.quality.figures import QualityFigures, describe, figures, samples
+from kvtuner_sglang.quality.figures import describe, figures, samples
 from kvtuner_sglang.quality.measure import Quality, Subject, measure
-from kvtuner_sglang.quant import format_hash, uniform_plan
 from kvtuner_sglang.serving.cache_folder import cache_folder
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
 from kvtuner_sglang.serving.device import serving_device
+from kvtuner_sglang.tasks.recorded import Attempt, record, require_plan
 from kvtuner_sglang.tasks.run_directory import run_directory
 
 Say = Callable[[str], None]
@@ -34,34 +31,23 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
     say(f"{config.run_dir}")
     subject = subject_of(config, checkpoint)
-    started, reason = utc_now(), None
-    status: Status = "failed"
-    found: QualityFigures | None = None
-    commands: tuple[NodeCommand, ...] = ()
+
+    def measure_it(attempt: Attempt, log: SampleLog) -> Figures:
+        quality = _measure(config, subject, say)
+        attempt.commands = (_command(quality),)
+        require_plan(quality.kvtuner, config, checkpoint)
+        for sample in samples(quality):
+            log.append(sample)
+        return figures(quality, kv_record(quality.kvtuner, config))
+
     with run_directory(config.run_dir):
-        with SampleLog(config.run_dir) as log:
-            try:
-                quality = _measure(config, subject, say)
-                _check_plan(quality, config, checkpoint)
-                for sample in samples(quality):
-                    log.append(sample)
-                found, commands = figures(quality, kv_record(quality.kvtuner, config)), (_command(quality),)
-                status = "ok"
-            except MeasurementInvalid as error:
-                status, reason = "invalid", str(error)
-            except RunFailed as error:
-                reason = str(error)
-        write_record(config.run_dir, assemble(
-            config, overrides=overrides, started=started, status=status, reason=reason,
-            environment=collect_environment(), samples=log.summary(), group=sweep.current_sweep(),
-            commands=commands, checkpoint=replace(checkpoint, dtype_name=subject.dtype), figures=found,
-        ))
+        attempt = record(config, overrides, measure_it, checkpoint=replace(checkpoint, dtype_name=subject.dtype))
         tracking.mirror(config.run_dir)
-    if found is not None:
-        describe(found.metrics, say)
+    if attempt.figures is not None:
+        describe(attempt.figures.metrics, say)
     else:
-        say(f"  {status}: {reason}")
-    return Outcome(config.run_dir, status, skipped=False, reason=reason)
+        say(f"  {attempt.status}: {attempt.reason}")
+    return attempt.outcome(config)
 
 
 def subject_of(config: RunConfig, checkpoint: Checkpoint) -> Subject:
@@ -76,16 +62,6 @@ def _measure(config: RunConfig, subject: Subject, say: Say) -> Quality:
     return measure(subject, config.quant, config.quality, seed=config.seed,
                    chunked_prefill_tokens=config.server.chunked_prefill_tokens,
                    work_dir=config.run_dir / "engine", cache_dir=cache_folder("quality"), say=say)
-
-
-def _check_plan(quality: Quality, config: RunConfig, checkpoint: Checkpoint) -> None:
-    asked = format_hash(uniform_plan(config.quant.kv_format(), checkpoint.layers))
-    if quality.kvtuner["plan_hash"] != asked:
-        raise MeasurementInvalid(f"the engine serves plan {quality.kvtuner['plan_hash']} instead of {asked}: "
-                                 "reinstall kvtuner-sglang.")
-    if config.quant.enabled and quality.kvtuner["page_size"] != config.quant.page_tokens:
-        raise MeasurementInvalid(f"the engine has pages of {quality.kvtuner['page_size']} tokens instead of "
-                                 f"{config.quant.page_tokens}: reinstall kvtuner-sglang.")
 
 
 def _command(quality: Quality) -> NodeCommand:

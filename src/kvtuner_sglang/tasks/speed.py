@@ -2,19 +2,18 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.errors import ConfigError, MeasurementInvalid, RunFailed
-from kvtuner_sglang.evidence import sweep, tracking
-from kvtuner_sglang.evidence.assemble import assemble, utc_now
-from kvtuner_sglang.evidence.environment import collect_environment
+from kvtuner_sglang.errors import ConfigError, RunFailed
+from kvtuner_sglang.evidence import tracking
+from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.outcome import Outcome
-from kvtuner_sglang.evidence.record import Environment, Status, write_record
+from kvtuner_sglang.evidence.record import Environment
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.measure.memory import ITEMSIZE
-from kvtuner_sglang.quant import format_hash, uniform_plan
+from kvtuner_sglang.quant import uniform_plan
 from kvtuner_sglang.serving.bounded_process import run_bounded
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
@@ -22,20 +21,12 @@ from kvtuner_sglang.serving.device import serving_device
 from kvtuner_sglang.serving.ports import choose_ports
 from kvtuner_sglang.speed import console, plan
 from kvtuner_sglang.speed.calls import SpeedResult, SpeedSpec, read_calls
-from kvtuner_sglang.speed.figures import EngineSample, SpeedFigures, figures
+from kvtuner_sglang.speed.figures import EngineSample, figures
 from kvtuner_sglang.speed.hardware import Floor, peak_of
+from kvtuner_sglang.tasks.recorded import Attempt, record, require_plan
 from kvtuner_sglang.tasks.run_directory import run_directory
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class _Attempt:
-    """What is known of a run so far, whatever ends it."""
-
-    status: Status = "failed"
-    reason: str | None = None
-    found: SpeedFigures | None = None
 
 
 def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
@@ -53,23 +44,20 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     folder = config.run_dir / "engine"
     spec = plan.speed_spec(config, checkpoint, plan.engine_arguments(config, checkpoint, device, dtype, requests, port),
                            folder)
-    environment = collect_environment()
-    started = utc_now()
+    command = NodeCommand(0, tuple(plan.engine_command(sys.executable, folder)), plan.engine_environment(device),
+                          config.dist.hosts[0], port)
     say(f"{config.run_dir}")
+
+    def measure(attempt: Attempt, log: SampleLog) -> Figures:
+        attempt.commands = (command,)
+        return _measure(config, checkpoint, spec, folder, attempt.environment, log, say)
+
     with run_directory(config.run_dir):
-        with SampleLog(config.run_dir) as log:
-            attempt = _measure(config, checkpoint, spec, folder, environment, log, say)
-        command = NodeCommand(0, tuple(plan.engine_command(sys.executable, folder)), plan.engine_environment(device),
-                              config.dist.hosts[0], port)
-        write_record(config.run_dir, assemble(
-            config, overrides=overrides, started=started, status=attempt.status, reason=attempt.reason,
-            environment=environment, samples=log.summary(), group=sweep.current_sweep(), commands=(command,),
-            checkpoint=replace(checkpoint, dtype_name=dtype), figures=attempt.found,
-        ))
+        attempt = record(config, overrides, measure, checkpoint=replace(checkpoint, dtype_name=dtype))
         tracking.mirror(config.run_dir)
-    for line in console.table(attempt.found) if attempt.found else [f"  {attempt.status}: {attempt.reason}"]:
+    for line in console.table(attempt.figures) if attempt.figures else [f"  {attempt.status}: {attempt.reason}"]:
         say(line)
-    return Outcome(config.run_dir, attempt.status, skipped=False, reason=attempt.reason)
+    return attempt.outcome(config)
 
 
 def require_device(config: RunConfig) -> str:
@@ -86,23 +74,17 @@ def require_device(config: RunConfig) -> str:
 
 
 def _measure(config: RunConfig, checkpoint: Checkpoint, spec: SpeedSpec, folder: Path, environment: Environment,
-             log: SampleLog, say: Say) -> _Attempt:
-    attempt = _Attempt()
+             log: SampleLog, say: Say) -> Figures:
     try:
         result = _run_engine(config, spec, folder, say)
-        _require_plan(result, config, checkpoint)
+        require_plan(result.kvtuner, config, checkpoint)
         log.append(EngineSample("engine", plan.attention_backend(spec.enabled, config.speed.backend, spec.device),
                                 spec.engine, result.kvtuner, result.seconds))
-        attempt.found = figures(result, read_calls(Path(spec.calls_path)), config,
-                                _floor(config, checkpoint, spec, environment), spec.engine)
-        attempt.status = "ok"
-    except MeasurementInvalid as error:
-        attempt.status, attempt.reason = "invalid", str(error)
-    except RunFailed as error:
-        attempt.reason = str(error)
-    for call in read_calls(Path(spec.calls_path)):
-        log.append(call)
-    return attempt
+        return figures(result, read_calls(Path(spec.calls_path)), config, _floor(config, checkpoint, spec, environment),
+                       spec.engine)
+    finally:  # samples remain, whatever they are worth
+        for call in read_calls(Path(spec.calls_path)):
+            log.append(call)
 
 
 def _run_engine(config: RunConfig, spec: SpeedSpec, folder: Path, say: Say) -> SpeedResult:
@@ -114,13 +96,6 @@ def _run_engine(config: RunConfig, spec: SpeedSpec, folder: Path, say: Say) -> S
         raise RunFailed(f"the engine process ended without a result (exit status {status}, bound "
                         f"{config.speed.timeout_s:g} s): see {log_path}.")
     return SpeedResult.read(folder / "result.json")
-
-
-def _require_plan(result: SpeedResult, config: RunConfig, checkpoint: Checkpoint) -> None:
-    asked = format_hash(uniform_plan(config.quant.kv_format(), checkpoint.layers))
-    if result.kvtuner["plan_hash"] != asked:
-        raise MeasurementInvalid(f"same_format: the engine serves plan {result.kvtuner['plan_hash']} instead of "
-                                 f"{asked}: reinstall kvtuner-sglang.")
 
 
 def _floor(config: RunConfig, checkpoint: Checkpoint, spec: SpeedSpec, environment: Environment) -> Floor:
