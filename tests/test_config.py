@@ -44,6 +44,21 @@ def test_every_pair_of_options_composes(one, other):
         assert getattr(part, "mode" if group == "tracking" else "name") == name
 
 
+@pytest.mark.parametrize("name", options("exp"))
+def test_every_job_of_an_experiment_composes(name):
+    jobs = command_line.jobs([f"exp={name}"], CONF, multirun=True)
+    assert len({load(*job).run_dir for job in jobs}) == len(jobs) >= 1
+
+
+def test_the_ablation_is_every_format_on_every_topology():
+    jobs = [load(*job) for job in command_line.jobs(["exp=ablation"], CONF, multirun=True)]
+    assert {job.dist.name for job in jobs} == set(options("dist"))
+    assert {job.quant.name for job in jobs} == {"bf16", "kv8", "kv4", "kv2", "k8v4", "k4v2", "kv4_token"}
+    assert len(jobs) == 4 * 7
+    [one] = command_line.jobs(["exp=ablation", "dist=tp2", "quant=kv2"], CONF, multirun=False)
+    assert (load(*one).dist.name, load(*one).quant.name, load(*one).workload.name) == ("tp2", "kv2", "ablation")
+
+
 @pytest.mark.parametrize("name", options("quant"))
 def test_a_quant_file_is_what_its_name_says(name):
     quant = load(f"quant={name}", *(["task=speed"] if name == "fp8" else [])).quant
@@ -95,6 +110,8 @@ def test_runs_that_can_differ_get_different_directories():
         (["model=local"], "model.path"),
         (["task=fly"], "choose from"),
         (["quant=kv4,kv8"], "add -m"),
+        (["exp=ablation", "quant=kv4"], "add -m"),
+        (["exp=oblation"], "choose from"),
     ],
 )
 def test_wrong_options_are_one_sentence(words, part, tmp_path):

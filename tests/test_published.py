@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_sglang.ablation import publish as ablation_publish
+from kvtuner_sglang.ablation import tidy as ablation_tidy
 from kvtuner_sglang.evidence.published import publishable, slug
 from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
@@ -56,3 +58,10 @@ def test_the_engine_tables_are_what_the_records_give():
     tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
     given = {slug(str(gpu)): to_csv(rows) for gpu, rows in table_of(records).groupby("gpu")} if records else {}
     assert tables == given
+
+
+def test_the_ablation_tables_are_what_the_records_give():
+    folder = PUBLISHED / "ablation"
+    tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
+    frame = ablation_tidy.table_of(ablation_publish.published(folder))
+    assert tables == {slug(str(machine)): ablation_tidy.to_csv(rows) for machine, rows in frame.groupby("machine")}

@@ -33,6 +33,7 @@ def test_commit_lock_and_versions(project: Path) -> None:
     assert environment.packages["wandb"] == metadata.version("wandb")
     assert environment.cpu_cores > 0
     assert environment.ram_mib > 0
+    assert len(environment.load_average) == 3
     (project / "new.txt").write_text("x")
     assert collect_environment(project).git_dirty is True
 

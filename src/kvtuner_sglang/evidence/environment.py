@@ -48,7 +48,7 @@ def collect_environment(project_root: Path = PROJECT_ROOT) -> Environment:
     return Environment(
         host=socket.gethostname(), os=platform.platform(), python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES}, cpu=_cpu_model(), cpu_cores=_cores(),
-        ram_mib=psutil.virtual_memory().total // 2**20, unknown=unknown, **found,
+        ram_mib=psutil.virtual_memory().total // 2**20, load_average=os.getloadavg(), unknown=unknown, **found,
     )
 
 

@@ -131,7 +131,11 @@ class DeviceMemory(Explained):
 
 
 class Environment(Explained):
-    """Where and with what the run ran."""
+    """Where and with what the run ran.
+
+    load_average: processes that wanted a core, over 1, 5 and 15 minutes before the start; empty in runs from before it
+    was recorded.
+    """
 
     host: str
     os: str
@@ -144,6 +148,7 @@ class Environment(Explained):
     cpu: str
     cpu_cores: int
     ram_mib: int
+    load_average: tuple[float, ...] = ()
     gpus: tuple[str, ...] | None
     gpu_driver: str | None
     gpu_clocks: str | None

@@ -1,0 +1,49 @@
+"""Finished runs of exp=ablation -> a published folder: their records and samples, and a tidy table for each machine.
+
+    python -m kvtuner_sglang.ablation.publish runs/serve-*-ablation-* runs/published/ablation
+
+A run replaces the published one of the same name; the tables are made anew from all runs in the folder.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvtuner_sglang.ablation.tidy import table_of, to_csv
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
+from kvtuner_sglang.evidence.record import RunRecord
+
+
+def published(folder: Path) -> list[RunRecord]:
+    """Every run of the folder, by name."""
+    return [publishable(path.parent, "serve") for path in sorted(folder.glob("*/record.json"))]
+
+
+def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
+    """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
+    found = {run_dir.name: (run_dir, publishable(run_dir, "serve")) for run_dir in run_dirs}
+    kept = [record for record in published(folder) if record.name not in found]
+    records = sorted([*kept, *(record for _, record in found.values())], key=lambda record: record.name)
+    frame = table_of(records)
+    for name, (run_dir, _) in found.items():
+        copy_run(run_dir, folder / name)
+    paths = []
+    for machine, rows in frame.groupby("machine"):
+        paths.append(folder / f"{slug(str(machine))}.csv")
+        paths[-1].write_text(to_csv(rows))
+    return [*paths, write_sums(folder)]
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    try:
+        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
