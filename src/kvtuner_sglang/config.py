@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.kernel_bench.config import KernelsConfig
+from kvtuner_sglang.load.config import CapacityLoad, ClosedLoad, LoadWorkload, MultiturnLoad
 from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
@@ -133,10 +134,20 @@ class ThroughputConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class WorkloadConfig:
+class SeedTests:
+    """The seed report's three tests."""
+
+    kind: Literal["seed_tests"]
     name: str
     ttft: TtftConfig
     throughput: ThroughputConfig
+
+    @property
+    def longest(self) -> int:
+        return max([*self.ttft.prompt_tokens, self.throughput.prompt_tokens + self.throughput.output_tokens])
+
+
+WorkloadConfig = Annotated[SeedTests | LoadWorkload, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -205,7 +216,10 @@ def parse(tree: dict[str, Any]) -> RunConfig:
         config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        parts = list(first["loc"])
+        if len(parts) > 1 and parts[0] == "workload":
+            del parts[1]  # the kind by which pydantic chose the class is no part of the option's name
+        where = ".".join(str(part) for part in parts)
         raise ConfigError(f"{where}={first.get('input')!r} cannot be used: {_reason(first)}.") from error
     check(config)
     return config
@@ -247,13 +261,34 @@ def check(config: RunConfig) -> None:
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
     _check_speed(config)
-    load = config.workload.throughput
-    longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
+    if not isinstance(config.workload, SeedTests):
+        _check_load(config.workload, quant.page_tokens)
+    longest = config.workload.longest
     if longest + 8 > server.context_length:
         raise ConfigError(
             f"workload {config.workload.name} needs {longest} tokens but server.context_length is "
             f"{server.context_length}: raise it or choose a shorter workload."
         )
+
+
+def _check_load(load: LoadWorkload, page_tokens: int) -> None:
+    """What fits together in a load workload."""
+    if isinstance(load, ClosedLoad | MultiturnLoad) and load.requests < max(load.concurrency):
+        raise ConfigError(f"workload {load.name}: {load.requests} requests never reach concurrency "
+                          f"{max(load.concurrency)}: give as many.")
+    if isinstance(load, CapacityLoad) and list(load.rates_per_s) != sorted(set(load.rates_per_s)):
+        raise ConfigError(f"workload.rates_per_s={list(load.rates_per_s)} cannot be bisected: give ascending rates.")
+    if not isinstance(load, MultiturnLoad):
+        if load.shared >= load.prompt_tokens:
+            raise ConfigError(f"workload.shared_tokens={load.shared_tokens} leaves nothing of prompts of "
+                              f"{load.prompt_tokens} tokens: give fewer.")
+        if (load.shared_tokens > 0) != (load.cache == "shared_prefix"):
+            raise ConfigError(f"workload.cache={load.cache} with workload.shared_tokens={load.shared_tokens}: prompts "
+                              "share tokens with cache=shared_prefix, and only then.")
+        reused = load.shared if load.shared else load.prompt_tokens - 1
+        if load.cache != "cold" and reused < page_tokens:
+            raise ConfigError(f"workload.cache={load.cache} reuses {reused} tokens, less than a page of {page_tokens}, "
+                              "so nothing would be cached: make the prompts longer.")
 
 
 def _check_speed(config: RunConfig) -> None:

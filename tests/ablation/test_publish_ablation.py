@@ -96,6 +96,13 @@ def test_table_and_checksums_come_back_and_a_rerun_replaces(run_dir: Callable[..
     assert len(published(folder)) == 3
 
 
+def test_another_machine_has_a_table_of_its_own(run_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "ablation"
+    known = {"gpus": ("Test GPU",), "unknown": dict.fromkeys(NO_GPU[1:], "none")}
+    publish([run_dir("quant=kv4"), run_dir("quant=kv4", "workload.ttft.repeats=9", **known)], folder)
+    assert {path.name for path in folder.glob("*.csv")} == {"test_cpu_2_cores.csv", "test_gpu.csv"}
+
+
 @pytest.mark.parametrize(("overrides", "changed", "part"), [
     (["quant=kv8"], {"status": "failed"}, "rank 1 died"),
     (["quant=kv8"], {"git_dirty": True}, "no commit describes"),

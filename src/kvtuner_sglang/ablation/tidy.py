@@ -57,16 +57,19 @@ def table_of(records: Iterable[RunRecord]) -> "pd.DataFrame":
 
 
 def _require_comparable(records: list[RunRecord]) -> None:
+    """Raise UserError for two runs of one cell, or of one machine with unlike workload, server or seed."""
     cells: dict[tuple[str, ...], RunRecord] = {}
+    first: dict[str, RunRecord] = {}
     for record in records:
-        cell = (machine_of(record.environment), *(record.config[part]["name"] for part in ("model", "dist", "quant")))
+        machine = machine_of(record.environment)
+        cell = (machine, *(record.config[part]["name"] for part in ("model", "dist", "quant")))
         other = cells.setdefault(cell, record)
         if other is not record:
             raise UserError(f"{record.name} and {other.name} are both {cell[3]} on {cell[2]}: publish one of them.")
         for part in ALIKE:
-            if record.config[part] != records[0].config[part]:
-                raise UserError(f"{record.name} has another {part} than {records[0].name}: publish runs that differ "
-                                "in model, quant and dist alone.")
+            if record.config[part] != (like := first.setdefault(machine, record)).config[part]:
+                raise UserError(f"{record.name} has another {part} than {like.name}: publish runs that differ in "
+                                "model, quant and dist alone.")
 
 
 def to_csv(frame: "pd.DataFrame") -> str:

@@ -35,7 +35,10 @@ class Explained(BaseModel):
 
 
 class Metric(BaseModel):
-    """Summary of `n` values in `unit`; percentiles interpolate linearly, so p99 of few values is close to their max."""
+    """Summary of `n` values in `unit`; percentiles interpolate linearly, so p99 of few values is close to their max.
+
+    ci95: Student's 95 % interval of the mean, where the values are one per repeat.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     unit: str
@@ -46,6 +49,7 @@ class Metric(BaseModel):
     p99: float
     min: float
     max: float
+    ci95: tuple[float, float] | None = Field(default=None, exclude_if=lambda interval: interval is None)
 
 
 class NodeCommandRecord(BaseModel):
@@ -220,7 +224,7 @@ class RunRecord(Explained):
             raise ValueError(f"a run with status {self.status} needs a reason")
         return self
 
-    def metric(self, name: str, **at: int) -> Metric:
+    def metric(self, name: str, **at: float) -> Metric:
         """The metric `name` at, say, prompt_tokens=1000; raises KeyError if the run did not measure it."""
         return self.metrics[metric_key(name, **at)]
 
@@ -230,7 +234,7 @@ class RunRecord(Explained):
         return sorted(int(key.removeprefix(prefix)) for key in self.metrics if key.startswith(prefix))
 
 
-def metric_key(name: str, **at: int) -> str:
+def metric_key(name: str, **at: float) -> str:
     """ "ttft_ms/prompt_tokens=1000": the name, with its unit, and where it was measured."""
     return name + "".join(f"/{label}={value}" for label, value in at.items())
 

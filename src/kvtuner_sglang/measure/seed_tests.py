@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.config import RunConfig, SeedTests
 from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.measure import memory, validity
 from kvtuner_sglang.measure.prompts import PromptSource
@@ -24,16 +24,19 @@ def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint",
     Every request's sample goes to `keep` as it ends (evidence.samples.SampleLog.append), also when it does not count.
     Raises MeasurementInvalid naming the broken rule, or RunFailed naming the rank that is gone.
     """
-    validity.require_enough_requests(config.workload.throughput.requests, config.workload.throughput.concurrency)
+    tests = config.workload
+    if not isinstance(tests, SeedTests):
+        raise TypeError(f"workload {tests.name} is a load: run_load measures it")
+    validity.require_enough_requests(tests.throughput.requests, tests.throughput.concurrency)
     validity.require_plain_server(cluster.server_info)
     target = Target(cluster, config.server.request_timeout_s, keep)
     prompts = PromptSource(checkpoint.vocab_size, config.seed)
-    metrics = measure_ttft(target, config, prompts, say)
-    metrics |= measure_throughput(target, config, prompts, say)
+    metrics = measure_ttft(target, tests.ttft, prompts, say)
+    metrics |= measure_throughput(target, tests.throughput, prompts, say)
     cluster.check()
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
-    p50_ms = {tokens: metrics[f"ttft_ms/prompt_tokens={tokens}"].p50 for tokens in config.workload.ttft.prompt_tokens}
+    p50_ms = {tokens: metrics[f"ttft_ms/prompt_tokens={tokens}"].p50 for tokens in tests.ttft.prompt_tokens}
     return Figures(
         metrics=metrics,
         kv=memory.kv_record(after["kvtuner"], config),

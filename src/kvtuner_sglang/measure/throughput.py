@@ -8,7 +8,7 @@ Success here is counted by HTTP status and by tokens, per request, so the load c
 
 from collections.abc import Callable, Sequence
 
-from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.config import ThroughputConfig
 from kvtuner_sglang.evidence.record import Metric, metric_key
 from kvtuner_sglang.measure import validity
 from kvtuner_sglang.measure.metrics import summarize
@@ -18,10 +18,9 @@ from kvtuner_sglang.measure.ttft import MS_PER_S, ttft_ms
 from kvtuner_sglang.serving.client import Sample
 
 
-def measure_throughput(target: Target, config: RunConfig, prompts: PromptSource,
+def measure_throughput(target: Target, load: ThroughputConfig, prompts: PromptSource,
                        say: Callable[[str], None]) -> dict[str, Metric]:
     """Metrics at each concurrency, as `level_metrics` names them; raises MeasurementInvalid or RunFailed."""
-    load = config.workload.throughput
     metrics: dict[str, Metric] = {}
     for concurrency in load.concurrency:
         # One warm-up request per worker, all at once: the batch size that is measured next has then run before.

@@ -5,7 +5,7 @@ The lengths take turns (10, 50, ..., 1000, 10, ...), so a drift of the machine s
 
 from collections.abc import Callable
 
-from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.config import TtftConfig
 from kvtuner_sglang.evidence.record import Metric, metric_key
 from kvtuner_sglang.measure import validity
 from kvtuner_sglang.measure.metrics import summarize
@@ -17,10 +17,9 @@ OUTPUT_TOKENS = 2  # a second token shows that the first one did not wait for th
 MS_PER_S = 1000.0
 
 
-def measure_ttft(target: Target, config: RunConfig, prompts: PromptSource,
+def measure_ttft(target: Target, ttft: TtftConfig, prompts: PromptSource,
                  say: Callable[[str], None]) -> dict[str, Metric]:
     """Metrics ttft_ms/prompt_tokens=N; raises MeasurementInvalid, or RunFailed if a rank is gone."""
-    ttft = config.workload.ttft
     planned = {tokens: prompts.take(ttft.repeats, tokens) for tokens in ttft.prompt_tokens}
     validity.require_unique([prompt for of_length in planned.values() for prompt in of_length])
     for tokens in ttft.prompt_tokens:

@@ -64,8 +64,11 @@ def times_in_order(sample: Sample) -> str | None:
 
 
 def cold_cache(sample: Sample) -> str | None:
-    """No prompt token came from the prefix cache."""
-    return None if sample.cached_tokens == 0 else f"{sample.cached_tokens} prompt tokens came from the prefix cache"
+    """As many prompt tokens came from the prefix cache as the test put there: none in a cold one."""
+    if sample.cached_tokens == sample.cached_tokens_planned:
+        return None
+    return (f"{sample.cached_tokens} prompt tokens came from the prefix cache, {sample.cached_tokens_planned} were "
+            "planned")
 
 
 SAMPLE_RULES: tuple[Callable[[Sample], str | None], ...] = (

@@ -1,6 +1,7 @@
 """What the command line says at the end of a run."""
 
 from kvtuner_sglang.evidence.record import RunRecord
+from kvtuner_sglang.report.load import is_load, levels
 
 
 def print_summary(record: RunRecord) -> str:
@@ -22,7 +23,20 @@ def print_summary(record: RunRecord) -> str:
         success = record.metric("success_ratio", concurrency=level).mean
         lines.append(f"  throughput  {level:>5} at once {rate:8.1f} tok/s  latency {latency.mean:8.1f} ms  "
                      f"success {success:.0%} of {latency.n}")
+    lines += _load_lines(record) if is_load(record) else []
     lines += [f"  warning     {warning}" for warning in record.warnings]
     if record.tracking.status == "failed":
         lines.append(f"  warning     not mirrored to W&B: {record.tracking.reason}")
     return "\n".join(lines)
+
+
+def _load_lines(record: RunRecord) -> list[str]:
+    lines = []
+    for where in levels(record):
+        ttft, tpot = record.metrics[f"ttft_ms/{where}"], record.metrics[f"tpot_ms/{where}"]
+        rate = record.metrics.get(f"output_tokens_per_s/{where}")  # of a conversation's single turn there is none
+        lines.append(f"  load        {where:24} TTFT p50 {ttft.p50:8.1f} ms  TPOT p50 {tpot.p50:8.1f} ms  n={ttft.n}"
+                     + (f"  {rate.mean:8.1f} tok/s" if rate else ""))
+    if capacity := record.metrics.get("capacity_per_s"):
+        lines.append(f"  capacity    {capacity.mean:g} req/s within the SLO")
+    return lines

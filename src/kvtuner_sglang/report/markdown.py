@@ -9,6 +9,7 @@ from kvtuner_sglang.evidence.record import KVRecord, NodeCommandRecord, RunRecor
 from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.report.ablation import ablation_section, command_line, siblings
 from kvtuner_sglang.report.architecture import diagram, role
+from kvtuner_sglang.report.load import formats_section, is_load, load_section
 from kvtuner_sglang.report.tables import memory_section, throughput_section, ttft_section
 from kvtuner_sglang.report.text_en import TEXT as ENGLISH
 
@@ -36,13 +37,16 @@ def render(record: RunRecord, others: Sequence[RunRecord] = ()) -> str:
             text["failed_logs"].format(samples=record.samples.file, count=record.samples.count),
         ]
     else:
-        parts += [f"## {text['results']}", *ttft_section(record, text), *throughput_section(record, text),
+        tests = load_section(record, text) if is_load(record) else [*ttft_section(record, text),
+                                                                    *throughput_section(record, text)]
+        parts += [f"## {text['results']}", *tests,
                   *memory_section(record, record.kv, text), *_warnings(record, text),
                   f"## {text['architecture']}", _one_host(record.kv, record.commands, text),
                   f"```\n{diagram(record.commands, record.kv.ranks, text)}\n```"]
     parts += _commands(record, text)
     if record.kv is not None:
-        parts += [*ablation_section(record, others, text), *_validity(record, record.kv, text)]
+        compared = formats_section if is_load(record) else ablation_section
+        parts += [*compared(record, others, text), *_validity(record, record.kv, text)]
     parts += _reproduce(record, text)
     parts += ["---", text["footer"].format(started=record.started, ended=record.ended)]
     return "\n\n".join(part for part in parts if part) + "\n"

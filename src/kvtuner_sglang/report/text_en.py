@@ -58,6 +58,32 @@ TEXT: dict[str, str] = {
                            "{best}; mean latency goes from {first:.0f} ms at concurrency {low} to {last:.0f} ms at "
                            "{high}. {succeeded} of {sent} requests succeeded by HTTP status and token count.",
     "throughput_method": "Closed loop, {prompt} prompt and {output} output tokens a request.",
+    "load": "Under load",
+    "load_level": "Load",
+    "load_closed": "Closed loop, {prompt_tokens} prompt and {output_tokens} output tokens a request, {requests} "
+                   "requests a level and repeat.",
+    "load_open": "Open loop, Poisson arrivals, {prompt_tokens} prompt and {output_tokens} output tokens a request, "
+                 "{requests} requests a rate and repeat.",
+    "load_multiturn": "Closed loop of {conversations} conversations a level and repeat, {turns} turns each of "
+                      "{user_tokens} new tokens and an answer of {output_tokens}.",
+    "cache_cold": "Cold: no prompt token was cached, by the server's count.",
+    "cache_warm": "Warm: every prompt was sent before; the server counted all its whole pages but the last token as "
+                  "cached.",
+    "cache_shared_prefix": "All prompts begin with the same {shared} tokens; the server counted their whole pages as "
+                           "cached, and nothing else.",
+    "cache_turns": "All begin with the same {shared} cached tokens; of every later turn the server counted the whole "
+                   "pages of what was said before as cached, and nothing else.",
+    "load_by": "Arrivals are SGLang's bench_serving's, requests our own client's.",
+    "rates_method": "Per repeat, mean of {repeats} repeats (95 % interval by Student's t, which is wide for so few). "
+                    "A request is good, and counts for goodput, with a TTFT of at most {ttft_ms:g} ms and a mean time "
+                    "per output token of at most {tpot_ms:g} ms. A device is a rank's.",
+    "dispatch_lag": "Requests left at most {worst:.1f} ms (p99) after their schedule; {bound:g} ms were allowed.",
+    "capacity_found": "Of the rates tried, **{rate:g} req/s** is the highest at which at least {share:.0%} of the "
+                      "requests kept a TTFT of {ttft_ms:g} ms and {tpot_ms:g} ms per output token; 0 is none.",
+    "capacity_rate": "Highest rate within the SLO (req/s)",
+    "formats": "Other formats under this load",
+    "formats_method": "Runs in this folder that differ from this one in the quantization alone, on the same machine, "
+                      "at their highest level.",
     "memory": "Memory usage",
     "device": "Device",
     "node_column": "Node",

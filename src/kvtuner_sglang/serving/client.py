@@ -25,12 +25,16 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a prox
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `input_ids`: its tokens; exactly `output_tokens` are asked for, greedily, whatever they are."""
+    """One prompt. `input_ids`: its tokens; exactly `output_tokens` are asked for, greedily, whatever they are.
+
+    cached_tokens_planned: how many prompt tokens the test put into the prefix cache.
+    """
 
     request_id: str
     kind: str
     input_ids: Sequence[int]
     output_tokens: int
+    cached_tokens_planned: int = 0
 
     def body(self) -> dict[str, Any]:
         return {
@@ -44,7 +48,9 @@ class Request:
 class Sample:
     """What came back for one request. Times are `time.perf_counter()` seconds; `started_unix` is the wall clock.
 
-    prompt_tokens, output_tokens, cached_tokens: the server's own counts in meta_info, None if it gave none.
+    prompt_tokens, output_tokens, cached_tokens: the server's own counts in meta_info, None if it gave none; so are
+    retractions: how often the request was put back into the queue for lack of memory.  scheduled_s: when an open loop
+    planned to send it.
     token_times_s: when each output token arrived, counted from the stream's token ids.  `error` None is success.
     """
 
@@ -64,6 +70,9 @@ class Sample:
     token_times_s: tuple[float, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    cached_tokens_planned: int = 0
+    retractions: int | None = None
+    scheduled_s: float | None = None
 
     @property
     def first_token_s(self) -> float | None:
@@ -95,8 +104,7 @@ async def _closed_loop(base_url: str, requests: Sequence[Request], concurrency: 
                        abort: Abort) -> list[Sample]:
     samples: list[Sample | None] = [None] * len(requests)
     waiting = iter(enumerate(requests))
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, read_bufsize=LINE_BYTES) as session:
+    async with open_session() as session:
         workers = [asyncio.create_task(_worker(session, base_url, waiting, samples, timeout_s, abort))
                    for _ in range(concurrency)]
         await asyncio.gather(*workers)
@@ -108,11 +116,16 @@ async def _worker(session: aiohttp.ClientSession, base_url: str, waiting: Iterat
     for index, request in waiting:
         if abort.is_set():
             return
-        samples[index] = await _bounded(session, base_url, request, timeout_s, abort)
+        samples[index] = await send(session, base_url, request, timeout_s, abort)
 
 
-async def _bounded(session: aiohttp.ClientSession, base_url: str, request: Request, timeout_s: float,
-                   abort: Abort) -> Sample:
+def open_session() -> aiohttp.ClientSession:
+    """Connections to one server, as many as there are requests in flight; to be opened and closed in an event loop."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=LINE_BYTES)
+
+
+async def send(session: aiohttp.ClientSession, base_url: str, request: Request, timeout_s: float,
+               abort: Abort) -> Sample:
     """The request, ended by its own end, by `timeout_s` or by `abort`, whichever comes first."""
     sample = _started(request)
     answer = asyncio.create_task(_answer(session, base_url, request, sample))
@@ -137,7 +150,7 @@ async def _bounded(session: aiohttp.ClientSession, base_url: str, request: Reque
 async def _answer(session: aiohttp.ClientSession, base_url: str, request: Request, sample: Sample) -> None:
     finished = False
     try:
-        # No timeout of aiohttp's own: its default would end a long answer; _bounded sets the bound.
+        # No timeout of aiohttp's own: its default would end a long answer; send() sets the bound.
         async with session.post(f"{base_url}/generate", json=request.body(),
                                 timeout=aiohttp.ClientTimeout(total=None)) as response:
             sample.http_status = response.status
@@ -174,7 +187,7 @@ def _take(sample: Sample, event: dict[str, Any] | None) -> None:
     sample.output_ids, sample.text = ids, event.get("text") or ""
     meta = event.get("meta_info") or {}
     sample.prompt_tokens, sample.output_tokens = meta.get("prompt_tokens"), meta.get("completion_tokens")
-    sample.cached_tokens = meta.get("cached_tokens")
+    sample.cached_tokens, sample.retractions = meta.get("cached_tokens"), meta.get("num_retractions")
     reason = meta.get("finish_reason")
     sample.finish_reason = reason.get("type") if isinstance(reason, dict) else reason
 
@@ -198,7 +211,8 @@ def _what_is_wrong(sample: Sample, finished: bool) -> str | None:
 
 def _started(request: Request) -> Sample:
     return Sample(request.request_id, request.kind, len(request.input_ids), request.output_tokens,
-                  started_unix=time.time(), sent_s=time.perf_counter())
+                  started_unix=time.time(), sent_s=time.perf_counter(),
+                  cached_tokens_planned=request.cached_tokens_planned)
 
 
 def _unsent(request: Request, abort: Abort) -> Sample:

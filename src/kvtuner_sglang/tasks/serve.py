@@ -1,13 +1,14 @@
-"""task=serve: start the servers, run the seed report's three tests, write the record, its mirror and the report."""
+"""task=serve: start the servers, run the workload, write the record, its mirror and the report."""
 
 from collections.abc import Callable, Sequence
 
-from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.config import RunConfig, SeedTests
 from kvtuner_sglang.evidence import tracking
 from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.load.measure import run_load
 from kvtuner_sglang.measure.seed_tests import run_seed_tests
 from kvtuner_sglang.report.console import print_summary
 from kvtuner_sglang.report.markdown import write_report
@@ -32,7 +33,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     def measure(attempt: Attempt, log: SampleLog) -> Figures:
         with running_cluster(config, checkpoint, config.run_dir, say) as cluster:
             attempt.commands = cluster.commands
-            return run_seed_tests(cluster, config, checkpoint, say, log.append)
+            run_workload = run_seed_tests if isinstance(config.workload, SeedTests) else run_load
+            return run_workload(cluster, config, checkpoint, say, log.append)
 
     with run_directory(config.run_dir):
         attempt = record(config, overrides, measure, checkpoint=checkpoint)

@@ -1,0 +1,103 @@
+"""Every load workload against real servers: cached tokens are those planned, lateness and retractions are seen."""
+
+from pathlib import Path
+
+import pytest
+
+from kvtuner_sglang import command_line
+from kvtuner_sglang.errors import MeasurementInvalid
+from kvtuner_sglang.load import measure
+from kvtuner_sglang.load.measure import run_load
+from kvtuner_sglang.measure.prompts import PromptSource
+from kvtuner_sglang.serving.cluster import running_cluster
+
+CONF = Path(__file__).parents[2] / "conf"
+pytestmark = pytest.mark.slow
+SMALL = ["workload.requests=2", "workload.prompt_tokens=80", "workload.output_tokens=3"]
+ANY_SPEED = ["workload.slo.ttft_ms=1e9", "workload.slo.tpot_ms=1e9"]
+TALK = ["workload=multiturn", "workload.concurrency=[2]", "workload.shared_tokens=70", "workload.user_tokens=30",
+        "workload.turns=3", "workload.output_tokens=3"]
+
+
+@pytest.fixture
+def load(checkpoint, tmp_path):
+    """load(cluster, "workload=...", ...) -> figures and samples of run_load."""
+
+    def run(cluster, *words):
+        config = command_line.load([*words, f"runs_dir={tmp_path}"], CONF)
+        samples = []
+        return run_load(cluster, config, checkpoint, lambda _line: None, samples.append), samples
+
+    return run
+
+
+@pytest.mark.parametrize(("cache", "cached"), [("cold", 0), ("warm", 64), ("shared_prefix", 64)])
+def test_closed_loops_by_their_cache_protocol(kv4_server, load, cache, cached):
+    more = ["workload.shared_tokens=70"] if cache == "shared_prefix" else []
+    figures, samples = load(kv4_server, "workload=closed", "workload.concurrency=[2]", f"workload.cache={cache}",
+                            *more, *SMALL, *ANY_SPEED)
+    measured = [s for s in samples if s.kind.startswith("closed_c2")]
+    assert len(measured) == 6
+    assert {(s.cached_tokens, s.cached_tokens_planned) for s in measured} == {(cached, cached)}
+    assert figures.metrics["cached_tokens/concurrency=2"].mean == cached
+    assert figures.metrics["ttft_ms/concurrency=2"].n == 6
+    assert figures.metrics["goodput_per_s/concurrency=2"].ci95 is not None
+    assert figures.metrics["slo_share/concurrency=2"].mean == 1.0
+
+
+def test_conversations_find_what_was_said(kv4_server, load):
+    """Pages of 64: 70 shared tokens are one; 70 + 30 + 3 - 1 are one; 70 + 2 * 33 - 1 are two."""
+    figures, samples = load(kv4_server, *TALK, *ANY_SPEED)
+    turns = [[s.cached_tokens for s in samples if s.kind == "multiturn_c2_r2" and s.request_id.endswith(f"turn{n}")]
+             for n in range(3)]
+    assert turns == [[64, 64], [64, 64], [128, 128]]
+    assert figures.metrics["ttft_ms/concurrency=2/turn=3"].n == 6
+    assert figures.metrics["cached_tokens/concurrency=2/turn=3"].mean == 128
+
+
+def test_an_open_loop_is_on_schedule_or_does_not_count(kv4_server, load):
+    words = ["workload=open", "workload.rates_per_s=[2]", *SMALL, *ANY_SPEED]
+    figures, samples = load(kv4_server, *words, "workload.max_dispatch_lag_ms=1e9")
+    assert figures.metrics["dispatch_lag_ms/rate_per_s=2.0"].n == 6
+    assert len({s.scheduled_s for s in samples if s.kind.startswith("open_q2_r")}) == 6
+    with pytest.raises(MeasurementInvalid, match="on_schedule"):
+        load(kv4_server, *words, "workload.max_dispatch_lag_ms=1e-9")
+
+
+def test_a_cache_that_is_not_as_planned_does_not_count(kv4_server, load, monkeypatch):
+    """The same prompts again, without the flush in between."""
+    class SamePrompts(measure.Planner):
+        def draw(self, kind):
+            self.prompts = PromptSource(49152, 7)
+            return super().draw(kind)
+
+    monkeypatch.setattr(measure, "Planner", SamePrompts)
+    monkeypatch.setattr(measure.client, "flush_cache", lambda _url: None)
+    with pytest.raises(MeasurementInvalid, match="cold_cache: 64 prompt tokens came from the prefix cache, 0 were"):
+        load(kv4_server, "workload=closed", "workload.concurrency=[1]", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def narrow_server(checkpoint, tmp_path_factory):
+    """Full precision in so few bytes that requests which were let in do not all fit to their end."""
+    runs = tmp_path_factory.mktemp("runs")
+    config = command_line.load(["exp=capacity", "quant=bf16", "dist=single", "server.kv_gib=0.01", f"runs_dir={runs}"],
+                               CONF)
+    with running_cluster(config, checkpoint, runs / "narrow", lambda line: None) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(("bound", "capacity", "warning"), [(1e9, 4.0, "more may be possible"),
+                                                            (1e-3, 0.0, "Not even the lowest")])
+def test_capacity_is_the_highest_rate_within_the_slo(narrow_server, load, bound, capacity, warning):
+    """Whatever the machine's speed: without a bound every rate keeps it, below a microsecond none does."""
+    figures, samples = load(
+        narrow_server, "exp=capacity", "quant=bf16", "server.kv_gib=0.01", "workload.rates_per_s=[1,4]",
+        "workload.requests=5", "workload.prompt_tokens=16", "workload.output_tokens=64",
+        "workload.max_dispatch_lag_ms=1e9", f"workload.slo.ttft_ms={bound}", f"workload.slo.tpot_ms={bound}")
+    assert figures.metrics["capacity_per_s"].mean == capacity
+    assert warning in figures.warnings[0]
+    assert {s.cached_tokens for s in samples} == {0}
+    if capacity:
+        assert sum(s.retractions for s in samples) > 0
+        assert figures.metrics["retractions/rate_per_s=4.0"].max > 0

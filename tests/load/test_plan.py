@@ -1,0 +1,70 @@
+"""What each cache protocol sends, and how many tokens it says the prefix cache holds."""
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.load.plan import Planner, warm_up_lengths
+from kvtuner_sglang.measure.prompts import PromptSource
+
+VOCABULARY = 49152
+
+
+@pytest.fixture
+def planner(load_config: Callable[..., RunConfig]) -> Callable[..., Planner]:
+    def make(*overrides: str, page: int = 64) -> Planner:
+        return Planner(load_config(*overrides).workload, PromptSource(VOCABULARY, 0), page)
+
+    return make
+
+
+def test_cold_prompts_share_nothing(planner: Callable[..., Planner]) -> None:
+    source = planner("workload=closed")
+    first, second = source.draw("a"), source.draw("b")
+    assert first.prime == second.prime == ()
+    requests = list(chain(*first.measured, *second.measured))
+    assert len({r.request_id for r in requests}) == len({r.input_ids[0] for r in requests}) == len(requests) == 16
+    assert {(len(r.input_ids), r.output_tokens, r.cached_tokens_planned) for r in requests} == {(160, 16, 0)}
+
+
+@pytest.mark.parametrize(("page", "cached"), [(64, 128), (1, 159), (160, 0)])
+def test_warm_prompts_were_all_sent_before(planner: Callable[..., Planner], page: int, cached: int) -> None:
+    drawn = planner("workload=closed", "workload.cache=warm", page=page).draw("a")
+    assert [r.input_ids for [r] in drawn.prime] == [r.input_ids for [r] in drawn.measured]
+    assert {r.cached_tokens_planned for [r] in drawn.prime} == {0}
+    assert {r.cached_tokens_planned for [r] in drawn.measured} == {cached}
+    assert not {r.request_id for [r] in drawn.prime} & {r.request_id for [r] in drawn.measured}
+
+
+@pytest.mark.parametrize(("page", "cached"), [(64, 64), (1, 100)])
+def test_a_shared_prefix_is_shared_to_the_token(planner: Callable[..., Planner], page: int, cached: int) -> None:
+    drawn = planner("workload=open", "workload.cache=shared_prefix", "workload.shared_tokens=100", page=page).draw("a")
+    requests = list(chain(*drawn.prime, *drawn.measured))
+    assert len(drawn.prime) == 1
+    assert len({tuple(r.input_ids[:100]) for r in requests}) == 1
+    assert len({r.input_ids[100] for r in requests}) == len(requests) == 7
+    assert {len(r.input_ids) for r in requests} == {160}
+    assert {r.cached_tokens_planned for [r] in drawn.measured} == {cached}
+
+
+@pytest.mark.parametrize(("page", "cached"), [(64, [128, 128, 192]), (1, [128, 191, 255])])
+def test_a_turn_finds_what_was_said_before(planner: Callable[..., Planner], page: int, cached: list[int]) -> None:
+    """Turns of 48 + 16 tokens behind 128: before turn 2 there are 128 + 48 + 16 - 1 in the cache."""
+    drawn = planner("workload=multiturn", page=page).draw("a")
+    assert len(drawn.measured) == 2
+    for turns in drawn.measured:
+        assert [r.cached_tokens_planned for r in turns] == cached
+        assert [len(r.input_ids) for r in turns] == [176, 48, 48]
+        assert warm_up_lengths([turns]) == [176, 240, 304]
+        assert turns[0].input_ids[:128] == drawn.prime[0][0].input_ids[:128]
+    assert len(drawn.prime) == len(drawn.prime[0]) == 1
+
+
+def test_warm_ups_are_as_long_and_cold(planner: Callable[..., Planner]) -> None:
+    for name in ("closed", "open", "longctx", "capacity"):
+        source = planner(f"workload={name}")
+        assert warm_up_lengths(source.warm_up(3)) == [len(source.draw("a").measured[0][0].input_ids)]
+    turns = planner("workload=multiturn").warm_up(2)
+    assert {r.cached_tokens_planned for r in (turns[0][0], turns[1][0])} == {0}
