@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from kvtuner_sglang.config import RunConfig, parse
+from kvtuner_sglang.config import RunConfig, SeedTests, parse
 from kvtuner_sglang.evidence.assemble import assemble
 from kvtuner_sglang.evidence.record import (
     DeviceMemory,
@@ -17,9 +17,12 @@ from kvtuner_sglang.evidence.record import (
     Metric,
     RunRecord,
     SamplesFile,
+    metric_key,
 )
+from kvtuner_sglang.load.figures import latencies, level_metrics
 from kvtuner_sglang.measure.memory import kv_record
 from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.serving.client import Sample
 
 CONF = Path(__file__).parents[2] / "conf"
 CHECKPOINT = SimpleNamespace(
@@ -55,7 +58,28 @@ def metric(middle: float, unit: str, n: int) -> Metric:
                   min=middle * 0.9, max=middle * 1.25)
 
 
+def load_metrics_of(config: RunConfig) -> dict[str, Metric]:
+    """Ten requests a repeat, sent together, of 100 ms to the first token and 50 ms to each of two more."""
+    load = config.workload
+    at_s = (0.1, 0.15, 0.2)
+    repeats = [[Sample("r-turn0", "k", 10, 3, 0.0, 0.0, ended_s=1.0 + 0.1 * number, token_times_s=at_s,
+                       cached_tokens=64, retractions=number) for _ in range(10)] for number in range(load.repeats)]
+    levels = [{"rate_per_s": rate} for rate in getattr(load, "rates_per_s", ())] or [
+        {"concurrency": number} for number in load.concurrency]
+    found = {name: value for at in levels for name, value in level_metrics(repeats, load.slo, 1, at).items()}
+    if load.kind in ("open", "capacity"):
+        found |= {metric_key("dispatch_lag_ms", **at): metric(2.0, "ms", 10) for at in levels}
+    if load.kind == "capacity":
+        found["capacity_per_s"] = metric(0.5, "req/s", 1).model_copy(update={"mean": 0.5})
+    if load.kind == "multiturn":
+        found |= {name: value for at in levels for turn in range(load.turns)
+                  for name, value in latencies(repeats[0], {**at, "turn": turn + 1}).items()}
+    return found
+
+
 def metrics_of(config: RunConfig) -> dict[str, Metric]:
+    if not isinstance(config.workload, SeedTests):
+        return load_metrics_of(config)
     load = config.workload.throughput
     found = {f"ttft_ms/prompt_tokens={n}": metric(20.0 + n / 2, "ms", 5) for n in config.workload.ttft.prompt_tokens}
     for level in load.concurrency:

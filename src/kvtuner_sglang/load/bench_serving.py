@@ -37,6 +37,14 @@ def arrivals_s(rate_per_s: float | None, count: int, seed: int) -> list[float]:
     return [0.0, *np.cumsum(gaps).tolist()]
 
 
+def require_drawn(rate_per_s: float, count: int, seed: int) -> None:
+    """Raise RuntimeError unless numpy's generator stands where `count` gaps, and nothing else, leave it."""
+    planned = np.random.RandomState(seed)
+    planned.exponential(1.0 / rate_per_s, count)
+    if np.random.random_sample() != planned.random_sample():  # noqa: NPY002 - the generator that bench_serving uses
+        raise RuntimeError("bench_serving drew its arrivals otherwise than arrivals_s() says")
+
+
 class Sender:
     """The request function of one batch: plays each conversation's turns and keeps every sample."""
 
@@ -85,13 +93,16 @@ async def run_batch(serving: Any, batch: Batch, base_url: str, model: str, token
                 for turns in batch.conversations]
         np.random.seed(batch.seed)  # noqa: NPY002 - bench_serving draws its arrivals from this one
         rate = batch.level.rate_per_s
-        return await serving.benchmark(
+        summary = await serving.benchmark(
             backend=BACKEND, api_url=f"{base_url}/generate", base_url=base_url, model_id=model, tokenizer=tokenizer,
             input_requests=rows, request_rate=float("inf") if rate is None else rate,
             max_concurrency=batch.level.concurrency, disable_tqdm=True, lora_names=None,
             lora_request_distribution=None, lora_zipf_alpha=None, extra_request_body={}, profile=False,
             warmup_requests=0,  # its warm-up sends the first measured prompt; ours has prompts of its own
         )
+    if rate is not None:
+        require_drawn(rate, len(rows), batch.seed)
+    return summary
 
 
 def settings(summary_file: str) -> argparse.Namespace:

@@ -1,9 +1,10 @@
 """Throughput and latency under a closed loop of N workers, each sending its next request when its last is answered.
 
-Why not SGLang's own `sglang.benchmark.serving` (0.5.17): its details hold no HTTP status; it presets output_len to the
-length asked for and overwrites it only when text arrives, so an empty or erroneous 200 stream counts as a success with
-all its tokens (`async_request_sglang_generate`); and its prompts are runs of consecutive ids that repeat with the seed.
-Success here is counted by HTTP status and by tokens, per request, so the load comes from our own client.
+Why not the client of SGLang's own `sglang.benchmark.serving` (0.5.17): its details hold no HTTP status; it presets
+output_len to the length asked for and overwrites it only when text arrives, so an empty or erroneous 200 stream counts
+as a success with all its tokens (`async_request_sglang_generate`); and its prompts are runs of consecutive ids that
+repeat with the seed.  Success here is counted by HTTP status and by tokens, per request.  The load workloads take its
+arrivals, with our client in the place of its own: see load/bench_serving.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,6 +8,8 @@ from kvtuner_sglang.evidence.record import Metric, RunRecord
 from kvtuner_sglang.evidence.sweep import markdown_table
 
 Text = dict[str, str]
+LOOPS = {"closed": "load_closed", "open": "load_open", "capacity": "load_open", "multiturn": "load_multiturn"}
+CACHES = {"cold": "cache_cold", "warm": "cache_warm", "shared_prefix": "cache_shared_prefix", None: "cache_turns"}
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("requests_per_s", "output_tokens_per_s", "output_tokens_per_s_per_device", "goodput_per_s", "slo_share",
          "ttft_p50_ms", "tpot_p50_ms", "cached_tokens", "retractions")
@@ -43,9 +45,9 @@ def load_section(record: RunRecord, text: Text) -> list[str]:
 
 
 def _method(workload: dict[str, Any], text: Text) -> str:
-    keys = {"closed": "load_closed", "open": "load_open", "capacity": "load_open", "multiturn": "load_multiturn"}
-    cache = text[f"cache_{workload.get('cache', 'turns')}"].format(shared=workload["shared_tokens"])
-    return f"{text[keys[workload['kind']]].format(**workload)} {cache} {text['load_by']}"
+    loop = text[LOOPS[workload["kind"]]].format(**workload)
+    cache = text[CACHES[workload.get("cache")]].format(shared=workload["shared_tokens"])
+    return f"{loop} {cache} {text['load_by']}"
 
 
 def _latency_row(record: RunRecord, where: str) -> tuple[str, ...]:
