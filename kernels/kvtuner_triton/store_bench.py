@@ -27,7 +27,7 @@ from kvtuner_triton.timing import ceilings, graph_times
 PAGE, KV_HEADS, D, TOKENS, LAYERS = 64, 4, 128, 8192, 28
 ROTATED_BYTES = 160e6  # more than the L2 cache
 TUNINGS = tuple(StoreTuning(warps, registers) for warps, registers in
-                ((1, None), (2, None), (4, None), (4, 64), (8, None)))
+                ((2, None), (4, None), (4, 64), (8, None)))
 
 
 def paged(key_bits: int, value_bits: int, boost: bool | None = None) -> KVFormat:
