@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 
 from kvtuner_sglang.config import RunConfig
-from kvtuner_sglang.load.plan import Planner, warm_up_lengths
+from kvtuner_sglang.load.plan import Conversation, Planner, prompt_lengths
 from kvtuner_sglang.measure.prompts import PromptSource
 
 VOCABULARY = 49152
@@ -18,6 +18,15 @@ def planner(load_config: Callable[..., RunConfig]) -> Callable[..., Planner]:
         return Planner(load_config(*overrides).workload, PromptSource(VOCABULARY, 0), page)
 
     return make
+
+
+def lengths(turns: Conversation) -> list[int]:
+    """Tokens of each turn's whole prompt, as it will be sent."""
+    found, said = [], 0
+    for turn in turns:
+        found.append(said + len(turn.input_ids))
+        said = found[-1] + turn.output_tokens
+    return found
 
 
 def test_cold_prompts_share_nothing(planner: Callable[..., Planner]) -> None:
@@ -57,14 +66,18 @@ def test_a_turn_finds_what_was_said_before(planner: Callable[..., Planner], page
     for turns in drawn.measured:
         assert [r.cached_tokens_planned for r in turns] == cached
         assert [len(r.input_ids) for r in turns] == [176, 48, 48]
-        assert warm_up_lengths([turns]) == [176, 240, 304]
+        assert lengths(turns) == [176, 240, 304]
         assert turns[0].input_ids[:128] == drawn.prime[0][0].input_ids[:128]
     assert len(drawn.prime) == len(drawn.prime[0]) == 1
 
 
-def test_warm_ups_are_as_long_and_cold(planner: Callable[..., Planner]) -> None:
-    for name in ("closed", "open", "longctx", "capacity"):
-        source = planner(f"workload={name}")
-        assert warm_up_lengths(source.warm_up(3)) == [len(source.draw("a").measured[0][0].input_ids)]
-    turns = planner("workload=multiturn").warm_up(2)
-    assert {r.cached_tokens_planned for r in (turns[0][0], turns[1][0])} == {0}
+@pytest.mark.parametrize("words", [
+    ["workload=closed"], ["workload=open", "workload.cache=warm"], ["workload=longctx"], ["workload=capacity"],
+    ["workload=multiturn"], ["workload=closed", "workload.cache=shared_prefix", "workload.shared_tokens=64"]])
+def test_warm_ups_are_as_long_and_share_nothing(planner: Callable[..., Planner], words: list[str]) -> None:
+    source = planner(*words)
+    warm_ups, measured = source.warm_up(3), source.draw("a").measured
+    for turns in (*warm_ups, *measured):
+        assert lengths(turns) == prompt_lengths(source.workload)
+    assert {turns[0].cached_tokens_planned for turns in warm_ups} == {0}
+    assert len({turns[0].input_ids[0] for turns in (*warm_ups, *measured[:1])}) == 4

@@ -134,6 +134,7 @@ def serve(connection: Connection, base_url: str, model: str, summary_file: str) 
     """Answer batches until the other end closes."""
     from sglang.benchmark import serving  # slow, so only where it is needed
 
+    serving.set_ulimit()  # a connection for every request in flight
     serving.set_global_args(settings(summary_file))
     serving.MULTI_TURN_BACKENDS.add(BACKEND)
     tokenizer = serving.get_tokenizer(model)

@@ -11,7 +11,7 @@ from kvtuner_sglang.load import validity as load_validity
 from kvtuner_sglang.load.config import CapacityLoad, LoadWorkload, MultiturnLoad, OpenLoad
 from kvtuner_sglang.load.figures import Repeats, attainment, latencies, level_metrics
 from kvtuner_sglang.load.generator import Generator, load_generator
-from kvtuner_sglang.load.plan import Batch, Conversation, Level, Planner, warm_up_lengths
+from kvtuner_sglang.load.plan import Batch, Conversation, Level, Planner, prompt_lengths
 from kvtuner_sglang.measure import memory, validity
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.measure.prompts import PromptSource
@@ -72,11 +72,10 @@ class Load:
         return [Level(concurrency=number) for number in self.workload.concurrency]
 
     def warm_up(self, level: Level) -> None:
-        """As many requests at once, and as long, as `level` will have; the prefix cache is empty after it."""
+        """As many requests at once, and as long, as `level` will have."""
         at_once = level.concurrency or min(self.workload.requests, self.config.server.max_running_requests)
-        conversations = self.planner.warm_up(at_once)
-        warm_ups = self._send(conversations, Level(concurrency=at_once))
-        for tokens in warm_up_lengths(conversations):
+        warm_ups = self._send(self.planner.warm_up(at_once), Level(concurrency=at_once))
+        for tokens in prompt_lengths(self.workload):
             validity.require_warm_up(warm_ups, tokens)
 
     def repeat(self, level: Level, number: int) -> list[Sample]:

@@ -65,8 +65,10 @@ class Planner:
         self.workload, self.prompts, self.page = workload, prompts, page_tokens
 
     def warm_up(self, count: int) -> tuple[Conversation, ...]:
-        """`count` conversations of the measured lengths, with nothing in the cache."""
-        return tuple(self._conversation("warmup", [], own, cached=0) for own in self._own(count))
+        """`count` conversations of the measured lengths with nothing in the cache: each has its own shared tokens."""
+        beginnings = self.prompts.take(count, self.workload.shared) if self.workload.shared else [[]] * count
+        return tuple(self._conversation("warmup", beginning, own, cached=0)
+                     for beginning, own in zip(beginnings, self._own(count), strict=True))
 
     def draw(self, kind: str) -> Drawn:
         """The workload's requests by its cache protocol, for an empty cache."""
@@ -106,10 +108,9 @@ class Planner:
         return tokens // self.page * self.page
 
 
-def warm_up_lengths(conversations: Sequence[Conversation]) -> list[int]:
-    """The prompt lengths of these conversations' turns, in tokens."""
-    lengths, said = [], 0
-    for turn in conversations[0]:
-        lengths.append(said + len(turn.input_ids))
-        said = lengths[-1] + turn.output_tokens
-    return lengths
+def prompt_lengths(load: LoadWorkload) -> list[int]:
+    """Tokens of the prompts that the workload sends: of a conversation, of every turn."""
+    if isinstance(load, MultiturnLoad):
+        return [load.shared + load.user_tokens + turn * (load.user_tokens + load.output_tokens)
+                for turn in range(load.turns)]
+    return [load.prompt_tokens]
