@@ -24,7 +24,7 @@ def load(checkpoint, tmp_path):
     """load(cluster, "workload=...", ...) -> figures and samples of run_load."""
 
     def run(cluster, *words):
-        config = command_line.load([*words, f"runs_dir={tmp_path}"], CONF)
+        config = command_line.load([*words, f"runs_dir={tmp_path}", "server.request_timeout_s=3600"], CONF)
         samples = []
         return run_load(cluster, config, checkpoint, lambda _line: None, samples.append), samples
 
@@ -79,9 +79,9 @@ def test_a_cache_that_is_not_as_planned_does_not_count(kv4_server, load, monkeyp
 
 @pytest.fixture(scope="module")
 def narrow_server(checkpoint, tmp_path_factory):
-    """Full precision in so few bytes that requests which were let in do not all fit to their end."""
+    """Full precision in room for 115 tokens: three requests of 48 are let in, and do not all fit to their end."""
     runs = tmp_path_factory.mktemp("runs")
-    config = command_line.load(["exp=capacity", "quant=bf16", "dist=single", "server.kv_gib=0.01", f"runs_dir={runs}"],
+    config = command_line.load(["exp=capacity", "quant=bf16", "dist=single", "server.kv_gib=0.005", f"runs_dir={runs}"],
                                CONF)
     with running_cluster(config, checkpoint, runs / "narrow", lambda line: None) as cluster:
         yield cluster
@@ -92,12 +92,12 @@ def narrow_server(checkpoint, tmp_path_factory):
 def test_capacity_is_the_highest_rate_within_the_slo(narrow_server, load, bound, capacity, warning):
     """Whatever the machine's speed: without a bound every rate keeps it, below a microsecond none does."""
     figures, samples = load(
-        narrow_server, "exp=capacity", "quant=bf16", "server.kv_gib=0.01", "workload.rates_per_s=[1,4]",
-        "workload.requests=5", "workload.prompt_tokens=16", "workload.output_tokens=64",
+        narrow_server, "exp=capacity", "quant=bf16", "server.kv_gib=0.005", "workload.rates_per_s=[1,4]",
+        "workload.requests=4", "workload.prompt_tokens=16", "workload.output_tokens=32",
         "workload.max_dispatch_lag_ms=1e9", f"workload.slo.ttft_ms={bound}", f"workload.slo.tpot_ms={bound}")
     assert figures.metrics["capacity_per_s"].mean == capacity
     assert warning in figures.warnings[0]
     assert {s.cached_tokens for s in samples} == {0}
+    assert sum(s.retractions for s in samples) > 0
     if capacity:
-        assert sum(s.retractions for s in samples) > 0
-        assert figures.metrics["retractions/rate_per_s=4.0"].max > 0
+        assert figures.metrics["retractions/rate_per_s=4.0"].n == 3
