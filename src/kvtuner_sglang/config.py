@@ -156,7 +156,7 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "forensics"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -246,6 +246,9 @@ def check(config: RunConfig) -> None:
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
+    if config.task == "forensics" and dist.nnodes < 2:
+        raise ConfigError(f"task=forensics asks the second of two nodes and dist={dist.name} has one: choose "
+                          "dist=tp2pp2.")
     _check_speed(config)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])

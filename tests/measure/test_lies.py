@@ -1,13 +1,10 @@
 """A table of lies: each ends the run with a reason of its own, its samples kept and no figure; the honest run counts.
 
-task=serve runs as run.py runs it, from starting a node to the report.  In the place of SGLang stands
-lying_server.py, and a made-up roofline in that of this machine, so that no verdict depends on it.
+task=serve runs for real but for the server; see lying_cluster.py.
 """
 
 import asyncio
 import itertools
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,38 +13,13 @@ from typing import Any
 
 import pytest
 
-from kvtuner_sglang import command_line
-from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publishable
-from kvtuner_sglang.evidence.record import RunRecord, load_record, write_record
 from kvtuner_sglang.evidence.samples import read_samples
-from kvtuner_sglang.measure import physics
 from kvtuner_sglang.measure.prompts import PromptSource
-from kvtuner_sglang.measure.roofline import Roofline
-from kvtuner_sglang.serving import client, cluster
-from kvtuner_sglang.serving.checkpoint import Checkpoint
-from kvtuner_sglang.serving.commands import NodeCommand
+from kvtuner_sglang.serving import client
 from kvtuner_sglang.tasks import serve
-from served_info import truth
-
-CONF = Path(__file__).parents[2] / "conf"
-SERVER = Path(__file__).with_name("lying_server.py")
-OVERRIDES = ["server.device=cpu", "tracking=disabled", "quality.probe=false", "server.request_timeout_s=10",
-             "workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=2", "workload.throughput.requests=3",
-             "workload.throughput.concurrency=[1,2]"]
-CHECKPOINT = Checkpoint(
-    path=Path("/no/checkpoint"), source="none", sha256="0" * 64, architecture="LlamaForCausalLM", layers=30, q_heads=9,
-    kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, vocab_size=49152, dtype_name="float32",
-    parameters=162_826_560,
-)
-# Two such threads need 60 ms for a thousand tokens of this model and 15 ms for one; an honest answer takes longer.
-MADE_UP = Roofline("cpu", "float32", 2**29, flops_per_s=0.96e12, bytes_per_s=9e9)
-
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(physics, "cpu_server_environment", lambda *_a, **_k: {"OMP_NUM_THREADS": "2"})
+from lying_cluster import committed, run_task
 
 
 def another_plan(info: dict[str, Any]) -> None:
@@ -150,41 +122,13 @@ LIES = {
 }
 
 
-def run(lie: Lie, tmp_path: Path, patch: pytest.MonkeyPatch) -> tuple[Path, RunRecord]:
-    """task=serve against such a server; the folder it left and the record in it."""
-    config = command_line.load([*OVERRIDES, f"runs_dir={tmp_path / 'runs'}"], CONF)
-    info = truth(config, model_path=str(CHECKPOINT.path))
-    if lie.info:
-        lie.info(info)
-    (tmp_path / "info.json").write_text(json.dumps(info))
-
-    def command(_config: RunConfig, _checkpoint: Checkpoint, ports: Any, *_more: Any) -> tuple[NodeCommand, ...]:
-        argv = (sys.executable, str(SERVER), "127.0.0.1", str(ports.http[0]), lie.server, str(tmp_path / "info.json"))
-        return (NodeCommand(0, argv, {}, "127.0.0.1", ports.http[0]),)
-
-    patch.setattr(cluster, "node_commands", command)
-    patch.setattr(cluster, "BLAME_WAIT_S", 0.0)
-    patch.setattr(serve, "prepare_checkpoint", lambda *_words: CHECKPOINT)
-    patch.setattr(physics, "roofline", lambda *_words: MADE_UP)
-    if lie.patch:
-        lie.patch(patch)
-    serve.run(config, OVERRIDES, lambda _line: None)
-    return config.run_dir, load_record(config.run_dir)
-
-
-def committed(run_dir: Path, record: RunRecord) -> Path:
-    """As if the checkout had been clean: nothing but the run's own worth is then in the way of publishing it."""
-    clean = record.environment.model_copy(update={"git_sha": "a" * 40, "git_dirty": False, "unknown": {
-        name: why for name, why in record.environment.unknown.items() if not name.startswith("git_")}})
-    write_record(run_dir, record.model_copy(update={"environment": clean}))
-    return run_dir
-
-
 @pytest.mark.parametrize("name", LIES)
 def test_a_lie_leaves_its_samples_its_reason_and_no_figure(name: str, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     lie = LIES[name]
-    run_dir, record = run(lie, tmp_path, monkeypatch)
+    if lie.patch:
+        lie.patch(monkeypatch)
+    run_dir, record = run_task(serve, tmp_path, monkeypatch, servers=(lie.server,), info=lie.info)
     assert record.reason is not None
     assert f"{lie.rule}: " in record.reason
     assert not any(f"{other.rule}: " in record.reason for other in LIES.values() if other.rule != lie.rule)
@@ -193,7 +137,7 @@ def test_a_lie_leaves_its_samples_its_reason_and_no_figure(name: str, tmp_path: 
     assert len(samples) == record.samples.count == lie.samples
     assert all(sample["sent_s"] is not None for sample in samples)
     with pytest.raises(UserError, match=rf"is {lie.status} \(.*{lie.rule}: .* no figures to publish"):
-        publishable(committed(run_dir, record), "serve")
+        publishable(committed(run_dir), "serve")
     report = (run_dir / "report.md").read_text()
     assert lie.rule in report
     assert "TTFT" not in report
@@ -202,14 +146,16 @@ def test_a_lie_leaves_its_samples_its_reason_and_no_figure(name: str, tmp_path: 
 @pytest.mark.parametrize("patch", [None, wall_clock_backwards], ids=["as it is", "while the wall clock runs backwards"])
 def test_the_honest_run_counts(patch: Callable[[pytest.MonkeyPatch], None] | None, tmp_path: Path,
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir, record = run(Lie("", ALL, patch=patch), tmp_path, monkeypatch)
+    if patch:
+        patch(monkeypatch)
+    run_dir, record = run_task(serve, tmp_path, monkeypatch)
     assert (record.status, record.reason, record.samples.count) == ("ok", None, ALL)
     for tokens in (10, 1000):
         ttft, floor = (record.metric(key, prompt_tokens=tokens) for key in ("ttft_ms", "ttft_floor_ms"))
         assert 14 < floor.p50 < 90 <= ttft.min  # the server waits 90 ms before a first token
     named = {rule.partition(":")[0] for rule in record.rules}
     assert {lie.rule for lie in LIES.values()} <= named
-    assert publishable(committed(run_dir, record), "serve").status == "ok"
+    assert publishable(committed(run_dir), "serve").status == "ok"
 
 
 def test_the_twelve_lies_have_twelve_reasons() -> None:

@@ -17,18 +17,21 @@ TEXTS = {"en": ENGLISH}
 Text = dict[str, str]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write run_dir/report.md from run_dir/record.json and the records beside run_dir; returns its path."""
+def write_report(run_dir: Path, first: Sequence[str] = ()) -> Path:
+    """Write run_dir/report.md from run_dir/record.json and the records beside run_dir; returns its path.
+
+    first: a task's own sections, shown before the results.
+    """
     record = load_record(run_dir)
     path = run_dir / REPORT_FILE
-    write_atomically(path, render(record, siblings(record, run_dir.parent)))
+    write_atomically(path, render(record, siblings(record, run_dir.parent), first))
     return path
 
 
-def render(record: RunRecord, others: Sequence[RunRecord] = ()) -> str:
+def render(record: RunRecord, others: Sequence[RunRecord] = (), first: Sequence[str] = ()) -> str:
     """The whole report as Markdown; a run that is not ok gets its reason and no figure."""
     text = TEXTS[record.config["report"]["language"]]
-    parts = [f"# {text['title'].format(date=record.started[:10])}", *_configuration(record, text)]
+    parts = [f"# {text['title'].format(date=record.started[:10])}", *_configuration(record, text), *first]
     if record.kv is None:
         parts += [
             f"## {text['failed'].format(status=record.status)}",

@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             Handler.requests += 1
             answer = ANSWERS.get(self.lie, honest)
             asked = body["sampling_params"]["max_new_tokens"]
-            self.stream(answer(len(body["input_ids"]), asked, Handler.requests))
+            self.stream(answer(len(body.get("input_ids", ())), asked, Handler.requests))
         else:
             self.plain(200, "Cache flushed.")
 
