@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from kvtuner_sglang.config import RunConfig, parse
 from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
 from kvtuner_sglang.measure import physics, roofline
-from kvtuner_sglang.measure.hardware import Floor, Peak
+from kvtuner_sglang.measure.hardware import Floor, Peak, peak_of
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.serving.client import Sample
 
@@ -60,6 +60,16 @@ def test_a_token_before_its_time(make_sample: Callable[..., Sample], total_ms: f
         with pytest.raises(MeasurementInvalid, match=f"faster_than_floor: .*{part}"):
             physics.require_above_floor(taken, FLOOR)
     physics.require_above_floor(taken, Floor(None, SMALL, 4, 0.0))
+
+
+def test_what_was_cached_need_not_be_computed(make_sample: Callable[..., Sample]) -> None:
+    # 3 of 10 tokens are new: 2 * (1000 * 3 + 500) FLOPs are 7 ms
+    taken = sample(make_sample, 14.0, 10, 2, 8.0)
+    taken.cached_tokens = 7
+    physics.require_above_floor([taken], FLOOR)
+    taken.cached_tokens = 3
+    with pytest.raises(MeasurementInvalid, match=r"first token after 8\.000 ms, which takes this machine 15\.000"):
+        physics.require_above_floor([taken], FLOOR)
 
 
 def test_a_median_step_below_reading_the_weights() -> None:
@@ -116,6 +126,17 @@ def test_a_measured_roofline_is_kept_for_its_machine(tmp_path: Path, monkeypatch
     assert len(said) == 3
     [kept, *_] = tmp_path.glob("roofline/*.json")
     assert "machine" in json.loads(kept.read_text())["machine"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_near_its_data_sheet() -> None:
+    import torch
+
+    peak = peak_of(torch.cuda.get_device_name())
+    found = roofline.measure("cuda", "bfloat16", 1 << 30)
+    assert peak is not None, "a card that PEAKS does not list"
+    assert 0.3 < found.flops_per_s / peak.flops_per_s < 1.05
+    assert 0.5 < found.bytes_per_s / peak.bytes_per_s < 1.05
 
 
 def test_a_roofline_that_cannot_be_measured_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
