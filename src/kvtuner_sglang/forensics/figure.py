@@ -53,7 +53,7 @@ def write_figure(csv: Path) -> list[Path]:
     frame = frame[(frame["test"] == TTFT) & (frame["run"] == frame["run"].iloc[0])]
     figure, ax = plt.subplots(figsize=(6.5, 3.0), layout="constrained")
     draw(ax, frame)
-    figure.legend(fontsize=6, loc="outside right upper", frameon=False)
+    figure.legend(fontsize=6, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{frame['machine'].iloc[0]}, commit {frame['commit'].iloc[0]}", fontsize=7)
     paths = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
