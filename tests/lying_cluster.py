@@ -1,6 +1,7 @@
 """Tasks as run.py runs them, from starting the nodes to the report, with lying_server.py in the place of SGLang.
 
-A made-up roofline stands in that of this machine, so that no verdict depends on it.
+A made-up roofline stands in that of this machine, and the client may idle more than in a measurement, so that no
+verdict depends on the machine or on what else it does.
 """
 
 import json
@@ -15,7 +16,7 @@ import pytest
 from kvtuner_sglang import command_line
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.record import RunRecord, load_record, write_record
-from kvtuner_sglang.measure import physics
+from kvtuner_sglang.measure import physics, validity
 from kvtuner_sglang.measure.roofline import Roofline
 from kvtuner_sglang.serving import cluster
 from kvtuner_sglang.serving.checkpoint import Checkpoint
@@ -58,6 +59,7 @@ def run_task(task: ModuleType, tmp_path: Path, patch: pytest.MonkeyPatch, *more:
 
     patch.setattr(cluster, "node_commands", commands)
     patch.setattr(cluster, "BLAME_WAIT_S", 0.0)
+    patch.setattr(validity, "MAX_DISPATCH_SHARE", 0.3)
     patch.setattr(task, "prepare_checkpoint", lambda *_words: CHECKPOINT)
     patch.setattr(physics, "roofline", lambda *_words: MADE_UP)
     patch.setattr(physics, "cpu_server_environment", lambda *_words, **_more: {"OMP_NUM_THREADS": "1"})

@@ -16,6 +16,7 @@ import pytest
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publishable
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.measure import physics
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.tasks import serve
@@ -51,9 +52,9 @@ def repeated_prompts(patch: pytest.MonkeyPatch) -> None:
 def slow_client(patch: pytest.MonkeyPatch) -> None:
     honest = client._bounded  # noqa: SLF001  what stands between an answer and the worker's next request
 
-    async def dawdle(*words: Any) -> client.Sample:
-        sample = await honest(*words)
-        await asyncio.sleep(0.1)
+    async def dawdle(session: Any, base_url: str, request: client.Request, *words: Any) -> client.Sample:
+        sample = await honest(session, base_url, request, *words)
+        await asyncio.sleep(0.6 if request.kind.startswith("throughput") else 0.0)
         return sample
 
     patch.setattr(client, "_bounded", dawdle)
@@ -87,13 +88,18 @@ def wall_clock_backwards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(client, "time", Clock)
 
 
+def patient_ear(patch: pytest.MonkeyPatch) -> None:
+    """A busy machine blurs times that are the same: the bound itself is tried in test_physics.py."""
+    patch.setattr(physics, "SAME_TIME", 0.3)
+
+
 @dataclass(frozen=True)
 class Lie:
     """rule: that names it; status; server: lying_server's; info, patch: how /server_info or our own client differs;
-    samples: how many were taken before it was seen, None where timing decides."""
+    samples: how many were taken before it was seen."""
 
     rule: str
-    samples: int | None
+    samples: int
     status: str = "invalid"
     server: str = "honest"
     info: Callable[[dict[str, Any]], None] | None = None
@@ -106,7 +112,7 @@ LIES = {
     "404 as JSON": Lie("http_200", 1, server="json_404"),
     "200 with empty text": Lie("text_not_empty", 1, server="empty_text"),
     "fewer tokens than asked": Lie("output_tokens_by_meta", 1, server="fewer_tokens"),
-    "constant-time answers": Lie("constant_time", ALL, server="constant_time"),
+    "constant-time answers": Lie("constant_time", ALL, server="constant_time", patch=patient_ear),
     "cached prefix in a cold test": Lie("cold_cache", 3, server="cached_prefix"),
     "repeated prompts": Lie("unique_prompts", 0, patch=repeated_prompts),
     "faster than the floor": Lie("faster_than_floor", TTFT, server="at_once"),
