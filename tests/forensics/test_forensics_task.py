@@ -18,7 +18,7 @@ from kvtuner_sglang.tasks import forensics
 from lying_cluster import CONF, committed, run_task
 
 EXP = ("exp=seed_report",)
-TTFT_POSTS, LOADED_POSTS = 2 * 2, 2 * 3  # lengths x repeats, levels x requests
+TTFT_POSTS, LOADED_POSTS = 2 * 1, 2 * 3  # lengths x repeats, levels x requests
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_none_of_them_is_called_a_time_to_first_token(done: Path) -> None:
     replies = [s for s in read_samples(done) if s["kind"] == "node1_reply" and s["prompt_tokens"] == 1000]
     reply_ms = sorted((s["ended_s"] - s["sent_s"]) * 1000 for s in replies)
     metric = record.metric("node1_reply_ms", prompt_tokens=1000)
-    assert (metric.n, metric.min, metric.max) == (2, pytest.approx(reply_ms[0]), pytest.approx(reply_ms[-1]))
+    assert (metric.n, metric.min, metric.max) == (1, pytest.approx(reply_ms[0]), pytest.approx(reply_ms[-1]))
     assert record.metric("node1_http_200_ratio", concurrency=2).mean == 0
     assert record.metric("node1_script_success_ratio", concurrency=2).mean == 1
     ttft = record.metric("ttft_ms", prompt_tokens=1000)

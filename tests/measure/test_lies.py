@@ -106,8 +106,8 @@ class Lie:
     patch: Callable[[pytest.MonkeyPatch], None] | None = None
 
 
-ALL = 2 + 4 + (1 + 3) + (2 + 3)  # for the time to first token, then under load; warm-ups first
-TTFT = 2 + 4
+ALL = 2 + 2 + (1 + 3) + (2 + 3)  # for the time to first token, then under load; warm-ups first
+TTFT = 2 + 2
 LIES = {
     "404 as JSON": Lie("http_200", 1, server="json_404"),
     "200 with empty text": Lie("text_not_empty", 1, server="empty_text"),
