@@ -17,9 +17,9 @@ TEXT: dict[str, str] = {
         "({claim_used:.0%} of each card) and calls it the use of 4-bit keys and values.",
     "memory":
         "What the pool takes says as little here: {pool_mib:.0f} MiB of the {budget_mib:.0f} MiB that every rank may "
-        "take ({share:.1%}), which a pool of any format fills. What {quant} changes is what these bytes hold: {tokens} "
-        "tokens instead of {full} in {dtype}.",
-    "memory_title": "Memory: what is used does not tell the formats apart, what it holds does",
+        "take ({share:.1%}), since it is made as large as they allow. What {quant} changes is what these bytes hold: "
+        "{tokens} tokens instead of {full} in {dtype}.",
+    "memory_title": "Memory: what a pool takes, and what it holds",
     "quant": "Format",
     "used": "Used by a rank (MiB)",
     "pool": "Largest pool of a rank (MiB)",
