@@ -23,7 +23,7 @@ def test_two_stages_keep_their_own_formats_and_offer_the_least_room(tiny_model, 
     words = ["--enable-kvtuner-quant", "--kvtuner-layer-config-file", str(plan), "--kvtuner-kv-gib", str(BUDGET_GIB),
              "--pp-size", "2", "--disable-custom-all-reduce"]
     with nodes(tiny_model, [words], tmp_path) as started:
-        wait_ready(started[0], 120)
+        wait_ready(started[0], 300)
         state = requests.get(f"{started[0].url}/server_info", timeout=20).json()["kvtuner"]
         body = {"input_ids": list(range(10, 100)),
                 "sampling_params": {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}}

@@ -62,7 +62,7 @@ def answers(cluster) -> Answers:
             "logprob_start_len": 0,
             "sampling_params": {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True},
         }
-        answer = requests.post(f"{cluster.base_url}/generate", json=body, timeout=120)
+        answer = requests.post(f"{cluster.base_url}/generate", json=body, timeout=600)
         assert answer.status_code == 200
         texts.append(answer.json()["text"])
         log_probabilities += [entry[0] for entry in answer.json()["meta_info"]["input_token_logprobs"][1:]]
