@@ -14,15 +14,20 @@ import psutil
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RankRecord
 from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.serving.verify import ITEMSIZE
 
 MIB = 2**20
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+FP8_BITS = 8.0
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.used,memory.total", "--format=csv,noheader,nounits")
 NVIDIA_SMI_TIMEOUT_S = 20
 
 
 def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
-    """What the KV pool holds by `state`, the "kvtuner" part of /server_info, beside what the formula of quant/ says."""
+    """What the KV pool holds by `state`, the "kvtuner" part of /server_info, beside what the formula of quant/ says.
+
+    SGLang's own fp8 cache, which the plugin only looks at, is described in its true bits.
+    """
+    fp8 = config.quant.kv_cache_dtype == "fp8_e4m3"
     ranks = tuple(_rank_record(rank, config) for rank in state["ranks"])
     budget = round(state["kv_gib"] * 2**30) if state["kv_gib"] is not None else None
     full_tokens = None
@@ -32,9 +37,10 @@ def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
     missing = "the server was started without --kvtuner-kv-gib"
     unknown = ("budget_bytes_per_rank", "full_precision_tokens", "capacity_ratio") if budget is None else ()
     return KVRecord(
-        format=state["format"], enabled=state["enabled"], plan_hash=state["plan_hash"], page_size=state["page_size"],
-        tokens=tokens, effective_bits=state["effective_bits"], budget_bytes_per_rank=budget,
-        full_precision_dtype=state["ranks"][0]["dtype"], full_precision_tokens=full_tokens,
+        format="K and V fp8_e4m3 (SGLang's own)" if fp8 else state["format"], enabled=state["enabled"],
+        plan_hash=state["plan_hash"], page_size=state["page_size"],
+        tokens=tokens, effective_bits=FP8_BITS if fp8 else state["effective_bits"], budget_bytes_per_rank=budget,
+        full_precision_dtype=_full_dtype(state["ranks"][0], config), full_precision_tokens=full_tokens,
         capacity_ratio=tokens / full_tokens if full_tokens else None,
         package_version=state["package_version"], sglang_version=state["sglang_version"], ranks=ranks,
         unknown=dict.fromkeys(unknown, missing),
@@ -52,8 +58,14 @@ def _rank_record(rank: Mapping[str, Any], config: RunConfig) -> RankRecord:
         layers=(rank["layers"][0], rank["layers"][1]),
         bytes_per_token_formula=shape.bytes_per_token(uniform_plan(config.quant.kv_format(), layers)),
         bytes_per_token_allocated=rank["pool_bytes"] / (rank["tokens"] + rank["page_size"]),
-        bytes_per_token_full=layers * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
+        bytes_per_token_full=layers * 2 * shape.kv_heads * shape.head_dim * ITEMSIZE[_full_dtype(rank, config)],
     )
+
+
+def _full_dtype(rank: Mapping[str, Any], config: RunConfig) -> str:
+    """The precision that the model would keep: the pool's, but for SGLang's own 8 bits, whose pool says those."""
+    own = config.model.dtype_cpu if rank["device"].startswith("cpu") else config.model.dtype_cuda
+    return rank["dtype"] if config.quant.kv_cache_dtype == "auto" else own
 
 
 def device_memory(ranks: list[dict[str, Any]]) -> tuple[DeviceMemory, ...]:
