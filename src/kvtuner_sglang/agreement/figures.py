@@ -57,7 +57,7 @@ def figures(reference: Sequence[Answer], others: Mapping[str, Sequence[Answer]],
         metrics[metric_key("texts_equal", dist=name)] = summarize([texts_equal(reference, answers)], "texts")
     metrics["prompts"] = summarize([len(reference)], "texts")
     floor = metrics.get(metric_key(DIFFERENCE, dist=FLOOR))
-    for name in others.keys() - {FLOOR}:
+    for name in [name for name in others if name != FLOOR]:
         found = metrics[metric_key(DIFFERENCE, dist=name)]
         equal = round(metrics[metric_key("texts_equal", dist=name)].mean)
         metrics[metric_key("within", dist=name)] = summarize([within(found, floor, equal, len(reference))], "0 or 1")
