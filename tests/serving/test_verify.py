@@ -50,7 +50,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 RULE_OF = dict.fromkeys(("quantization is off", "SGLang's own pool", "one rank off"), "unquantized_pool")
 
 
-@pytest.mark.parametrize("quant", ["bf16", "kv8", "kv4", "kv2", "k8v4_token"])
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "kv8", "kv4", "kv2", "k8v4_token"])
 @pytest.mark.parametrize("dist", ["single", "tp2", "pp2", "tp2pp2"])
 def test_the_truth_passes(compose, checkpoint_shape, quant: str, dist: str) -> None:
     config = compose(f"quant={quant}", f"dist={dist}")
@@ -83,3 +83,9 @@ def test_a_server_of_another_model(compose, checkpoint_shape) -> None:
 def test_full_precision_must_be_full_precision(compose, checkpoint_shape) -> None:
     with pytest.raises(RunFailed, match=r"^wrong_server: .*quantization is on but quant=bf16"):
         verify_server(truth(compose("quant=kv4")), compose("quant=bf16"), checkpoint_shape)
+
+
+@pytest.mark.parametrize(("served", "asked"), [("bf16", "fp8"), ("fp8", "bf16")])
+def test_eight_bits_of_sglangs_own_are_told_from_full_precision(compose, checkpoint_shape, served, asked) -> None:
+    with pytest.raises(RunFailed, match=f"quant={asked} asks for"):
+        verify_server(truth(compose(f"quant={served}")), compose(f"quant={asked}"), checkpoint_shape)
