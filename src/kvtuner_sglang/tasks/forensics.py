@@ -18,6 +18,7 @@ from kvtuner_sglang.measure.seed_tests import run_seed_tests
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.client import stream_generate
 from kvtuner_sglang.serving.cluster import Cluster, running_cluster
+from kvtuner_sglang.serving.dummy_checkpoint import is_dummy
 from kvtuner_sglang.tasks.probe import require_probed
 from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
@@ -33,7 +34,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     A node 1 that does not behave as the seed's did, or a node 0 whose samples may not count, makes the run invalid.
     """
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
-    if config.quality.probe:
+    config.quant.require_fits(checkpoint.identity)
+    if config.quality.probe and not is_dummy(checkpoint):
         require_probed(config, checkpoint, say)
     say(f"{config.run_dir}")
 
