@@ -156,7 +156,7 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "claims", "figures", "paper"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig

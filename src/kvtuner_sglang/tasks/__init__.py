@@ -1,4 +1,4 @@
-"""What run.py can do: one module per task, each with run(config, overrides, say) -> Outcome."""
+"""What run.py can do: one module per task, each with a run(...) -> Outcome."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,6 +31,18 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         from kvtuner_sglang.tasks import speed
 
         return speed.run(config, overrides, say)
+    if config.task == "claims":
+        from kvtuner_sglang.tasks import claims
+
+        return claims.run(say)
+    if config.task == "figures":
+        from kvtuner_sglang.tasks import figures
+
+        return figures.run(say)
+    if config.task == "paper":
+        from kvtuner_sglang.tasks import paper
+
+        return paper.run(say)
     from kvtuner_sglang.tasks import serve
 
     return serve.run(config, overrides, say)
