@@ -1,15 +1,17 @@
 """What stands between run.py and the tasks: every job is checked before the first one starts."""
 
+import contextlib
 import itertools
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -34,7 +36,7 @@ def check(argv: Sequence[str], conf: Path) -> None:
     overrides = [word for word in argv if not word.startswith("-")]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        for job in _jobs(overrides, multirun=multirun):
+        for job in jobs(overrides, multirun=multirun):
             load(job, conf)
     except UserError as error:
         sys.exit(_complain(error))
@@ -69,7 +71,7 @@ def exit_code() -> int:
     return int(any(outcome.status != "ok" for outcome in _outcomes))
 
 
-def _jobs(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
+def jobs(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
     """Override lists, one per job: the product of all sweeps on the command line."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -103,6 +105,17 @@ def _one_sentence(message: str) -> str:
     if fault.startswith("Could not override"):
         return f"{fault}: no such option exists; python run.py --help lists them all."
     return f"{fault}."
+
+
+@contextlib.contextmanager
+def apart_from_the_running_job() -> Iterator[None]:
+    """Within a job, which Hydra composed: other configurations can be composed in the block."""
+    hydra = GlobalHydra.instance()
+    running, hydra.hydra = hydra.hydra, None
+    try:
+        yield
+    finally:
+        hydra.hydra = running
 
 
 def _say(line: str) -> None:
