@@ -50,12 +50,13 @@ def styled() -> Iterator[None]:
         yield
 
 
-def panels(rows: int, columns: int, height_in: float, width_in: float = WIDTH_IN) -> "tuple[Figure, np.ndarray]":
-    """A figure of the paper's width and its axes (rows, columns), which share both their scales."""
+def panels(rows: int, columns: int, height_in: float, width_in: float = WIDTH_IN, *,
+           shared: bool = True) -> "tuple[Figure, np.ndarray]":
+    """A figure, by default of the paper's width, and its axes (rows, columns), which share both their scales."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    return figure, figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False)
 
 
 def legend_below(figure: "Figure", axes: "np.ndarray") -> None:
