@@ -149,7 +149,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ReportConfig:
-    language: Literal["en"]
+    language: Literal["en", "zh"]
 
 
 @dataclass(frozen=True, config=STRICT)
