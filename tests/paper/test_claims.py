@@ -14,7 +14,7 @@ import yaml
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import write_sums
 from kvtuner_sglang.paper.check import problems
-from kvtuner_sglang.paper.claims import Number, load_claims
+from kvtuner_sglang.paper.claims import Number, load_claims, written
 from kvtuner_sglang.paper.published_folders import FOLDERS, published_folders
 from kvtuner_sglang.tasks import claims as task
 from paper_project import QUALITY, ROOT, replace
@@ -149,10 +149,11 @@ def test_a_ratio_of_two_rows_and_a_number_of_a_record(tmp_path):
     speedup = Number(csv="kernels/card.csv", where=where, column="median_us", show=".2f",
                      over={"where": {"kernel": "kvtuner", "format": "kv4"}, "column": "median_us"})
     assert speedup.text(speedup.read(tmp_path)) == "3.70"
-    ttft = Number(record="kernels/record.json", path=["metrics", "ttft_ms/prompt_tokens=10", "p50"])
+    ttft = Number(record="kernels/record.json", path=["metrics", "ttft_ms/prompt_tokens=10", "p50"], show=".1f")
     assert ttft.read(tmp_path) == 12.5
-    assert Number(record="kernels/record.json", path=["list", 1]).read(tmp_path) == 2
+    assert Number(record="kernels/record.json", path=["list", 1], show=".0f").read(tmp_path) == 2
     assert speedup.text(-3.0) == "\N{MINUS SIGN}3.00"
+    assert (written(0.99725, ".2%"), written(0.9535, ".1%"), written(4000.0, ",.0f")) == ("99.73%", "95.4%", "4,000")
 
 
 @pytest.mark.parametrize(("old", "new", "part"), [

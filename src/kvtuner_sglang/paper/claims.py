@@ -2,6 +2,7 @@
 
 import csv
 import json
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -40,7 +41,7 @@ class Number(Strict):
     over: Cell | None = None
     record: str | None = None
     path: tuple[str | int, ...] = ()
-    show: str = ".3g"
+    show: str
     band: tuple[float, float] | None = None
 
     @model_validator(mode="after")
@@ -68,7 +69,7 @@ class Number(Strict):
         return value / _cell(path, {**self.where, **self.over.where}, self.over.column)
 
     def text(self, value: float) -> str:
-        return format(value, self.show).replace("-", "\N{MINUS SIGN}")
+        return written(value, self.show)
 
 
 class Claim(Strict):
@@ -76,7 +77,7 @@ class Claim(Strict):
 
     runs: the folders of the published runs that it rests on, whose configuration `command` composes, and whose times
     say how long that takes; files: what else it rests on, such as a recipe file, whose time is not recorded.
-    headline: it is in the README, too.
+    headline: it is in the README; loses: it is there, under where a format loses.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
@@ -88,6 +89,7 @@ class Claim(Strict):
     hardware: str
     tier: TierName
     headline: bool = False
+    loses: bool = False
 
     @model_validator(mode="after")
     def _says_its_numbers(self) -> Self:
@@ -136,6 +138,12 @@ class Claims(Strict):
         if twice := sorted({name for name in ids if ids.count(name) > 1}):
             raise ValueError(f"two claims are called {', '.join(twice)}")
         return self
+
+
+def written(value: float, show: str) -> str:
+    """A number as Python's format() writes it, but halves rounded up as typst does, and with a true minus sign."""
+    with localcontext(rounding=ROUND_HALF_UP):
+        return format(Decimal(repr(value)), show).replace("-", "\N{MINUS SIGN}")
 
 
 def load_claims(root: Path) -> Claims:
