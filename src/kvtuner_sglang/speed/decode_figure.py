@@ -15,6 +15,8 @@ LINES = {"flashinfer": "-", "kvtuner": "-", "triton": ":"}  # who reads the cach
 
 def draw(ax: "Axes", frame: "pd.DataFrame") -> None:
     """One model and context. Lines: the same batch for every format; stars: as many requests as each format holds."""
+    from matplotlib.ticker import ScalarFormatter
+
     for (name, backend), rows in frame.groupby(["quant", "backend"]):
         decode = rows[rows["workload"] == "decode"].sort_values("batch")
         ax.plot(decode["batch"], decode["decode_tok_s"], color=colour(name), linestyle=LINES.get(backend, "--"),
@@ -23,6 +25,7 @@ def draw(ax: "Axes", frame: "pd.DataFrame") -> None:
         ax.scatter(full["batch"], full["decode_tok_s"], color=colour(name), marker="*", s=40, zorder=3)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.set_xlabel("requests at once")
     ax.set_title(f"{frame['model'].iloc[0]}, {frame['context'].iloc[0]} tokens of context")
 
