@@ -36,7 +36,7 @@ def test_commands_are_taken():
     for words in sorted(found):
         if words[1] == "run.py":
             given = [with_example(word) for word in words[2:] if word != "-m"]
-            for job in command_line.jobs(given, multirun="-m" in words):
+            for job in command_line.jobs(given, ROOT / "conf", multirun="-m" in words):
                 command_line.load(job, ROOT / "conf")
         elif words[1] == "-m" and words[2].startswith("kvtuner_sglang"):
             assert find_spec(words[2]), words

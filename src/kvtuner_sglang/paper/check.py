@@ -98,7 +98,7 @@ def _configurations(command: str, conf: Path) -> list[dict[str, Any]]:
     overrides = [word for word in words[2:] if word != MULTIRUN]
     with command_line.apart_from_the_running_job():
         return [_compared(command_line.load(job, conf).to_dict())
-                for job in command_line.jobs(overrides, multirun=MULTIRUN in words)]
+                for job in command_line.jobs(overrides, conf, multirun=MULTIRUN in words)]
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
