@@ -9,7 +9,7 @@ from kvtuner_sglang.figure_style import panels, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Levels = list[tuple[int, Metric]]
+Levels = list[tuple[float, Metric]]
 
 
 def metric_figure(record: RunRecord) -> "Figure | None":
@@ -42,6 +42,6 @@ def families_of(record: RunRecord) -> dict[tuple[str, str], dict[str, Levels]]:
         quantity, *labels = key.split("/")
         if labels:
             label, _, level = labels[0].partition("=")
-            families[quantity, label][" ".join(labels[1:])].append((int(level), metric))
+            families[quantity, label][" ".join(labels[1:])].append((float(level), metric))
     return {family: {name: sorted(levels, key=lambda pair: pair[0]) for name, levels in lines.items()}
             for family, lines in families.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.evidence.metric_figure import metric_figure
-from kvtuner_sglang.evidence.record import Metric, RunRecord, load_record
+from kvtuner_sglang.evidence.record import RunRecord, load_record
 from kvtuner_sglang.evidence.tracking import TRACKING_LOG
 from kvtuner_sglang.figure_style import save
 
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
 WANDB_FOLDER = "wandb"  # in the run directory: what W&B itself writes
 FIGURE = "metrics"
-STATISTICS = [name for name in Metric.model_fields if name != "unit"]
+STATISTICS = ("n", "mean", "p50", "p90", "p99", "min", "max")
 
 
 def flat_metrics(record: RunRecord) -> dict[str, float]:
     """{"ttft_ms/prompt_tokens=10/p50": 81.2, ...}, with the capacity beside it, as W&B shows it."""
-    flat = {f"{key}/{name}": value for key, metric in record.metrics.items()
-            for name, value in metric.model_dump(exclude={"unit"}).items()}
+    flat = {f"{key}/{name}": getattr(metric, name) for key, metric in record.metrics.items() for name in STATISTICS}
     if record.kv is not None:
         flat |= {"kv/tokens": record.kv.tokens, "kv/effective_bits": record.kv.effective_bits}
     return flat
