@@ -21,11 +21,12 @@ WIDTH_IN = 6.5  # the text width of paper/main.typ
 LEGEND_COLUMNS = 6
 SUFFIXES = {".pdf": {"CreationDate": None}, ".png": {"Software": None}}  # and metadata that would change with the day
 STYLE = {
-    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6,
+    "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6,
     "legend.fontsize": 6, "figure.titlesize": 7, "lines.linewidth": 0.9, "lines.markersize": 3,
     "axes.linewidth": 0.6, "axes.grid": True, "grid.linewidth": 0.3, "grid.alpha": 0.6, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 200,
-    "pdf.fonttype": 42, "svg.hashsalt": "kvtuner-sglang",
+    "pdf.fonttype": 42,
+    "pdf.compression": 0,  # else the bytes would depend on which zlib Python was built with
 }
 # Okabe and Ito's colours, which readers with any colour vision tell apart; a format has the same in every figure
 COLOURS = {
