@@ -26,7 +26,7 @@ TEXT: dict[str, str] = {
     "machine_gpu": "{host}：{gpus}",
     "software": "软件",
     "commit": "提交",
-    "commit_dirty": "{sha}，含未提交的修改",
+    "commit_dirty": "{sha}（含未提交的修改）",
     "commit_unknown": "未知",
     "not_known": "未知（{reason}）",
     "one_host": "全部 {nodes} 个节点以独立进程组的形式运行在同一台主机（{host}）上：分布式是真实的，"
