@@ -94,6 +94,8 @@ def test_runs_that_can_differ_get_different_directories():
         (["+quant.foo=1"], "quant.foo"),
         (["model=local"], "model.path"),
         (["task=fly"], "choose from"),
+        (["report.language=fr"], "report.language"),
+        (["report.language=zh", "task=quality"], "which task=quality does not write"),
         (["quant=kv4,kv8"], "add -m"),
     ],
 )

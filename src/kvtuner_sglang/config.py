@@ -246,6 +246,9 @@ def check(config: RunConfig) -> None:
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
+    if config.report.language != "en" and config.task != "serve":
+        raise ConfigError(f"report.language={config.report.language} is of the report of task=serve, which task="
+                          f"{config.task} does not write: leave it out.")
     _check_speed(config)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
