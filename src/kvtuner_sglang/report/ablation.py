@@ -11,7 +11,7 @@ from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.report.language import Text
 
 SEED_ABLATION = ("bf16", "kv8", "kv4", "kv2")
-NOT_COMPARED = ("quant", "force", "runs_dir", "tracking", "report")
+NOT_COMPARED = ("quant", "plan", "force", "runs_dir", "tracking", "report")
 
 
 def siblings(record: RunRecord, runs_dir: Path) -> list[RunRecord]:

@@ -87,11 +87,15 @@ def _machine(environment: Environment, text: Text) -> str:
 
 def _quantization(record: RunRecord, text: Text) -> str:
     quant = record.config["quant"]
+    if quant.get("kv_cache_dtype", "auto") != "auto":
+        return text["sglangs_own"].format(dtype=quant["kv_cache_dtype"])
     if not quant["enabled"]:
         if record.kv is None:
             return text["no_quantization_unknown"]
         return text["no_quantization"].format(dtype=record.kv.full_precision_dtype)
-    bits = f"{quant['name']} (Key={quant['nbits_key']}bit, Value={quant['nbits_value']}bit)"
+    bits = quant["name"]
+    if quant.get("plan_file") is None:
+        bits += f" (Key={quant['nbits_key']}bit, Value={quant['nbits_value']}bit)"
     return bits if record.kv is None else text["bits_and_format"].format(bits=bits, format=text.said(record.kv.format))
 
 

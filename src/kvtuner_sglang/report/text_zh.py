@@ -16,6 +16,7 @@ TEXT: dict[str, str] = {
     "distribution": "分布式",
     "quantization": "量化",
     "bits_and_format": "{bits}：{format}",
+    "sglangs_own": "SGLang 自带的 8 位缓存（{dtype}）",
     "no_quantization": "不量化，保持模型自身精度（{dtype}）",
     "no_quantization_unknown": "不量化，保持模型自身精度",
     "node": "节点 {rank}",
@@ -86,6 +87,9 @@ TEXT: dict[str, str] = {
     "bytes_full": "每词元字节（{dtype}）",
     "pool_mib": "缓存池（MiB）",
     "tail_mib": "尾页（MiB）",
+    "room": "可容纳（词元）",
+    "least_room": "各进程的每词元字节数不同：进程 {rank}（层 {first}-{last}，{bytes:.1f} 字节）可容纳 {least} 个词元，"
+                  "为最少，所有进程都只提供这么多；另一进程本可容纳 {most} 个。",
     "pool_class": "缓存池类型",
     "memory_analysis": "缓存池在每个进程 {budget:.1f} MiB 的预算内容纳 {tokens} 个词元，"
                        "有效位宽 {bits:.2f}（计入缩放与零点）。",
@@ -129,6 +133,7 @@ SENTENCES: dict[str, str] = {
     r"layers? ([\d, -]+): (.+) \| (layers? .+)": "层 {}：{} | {}",
     r"layers? ([\d, -]+): (.+)": "层 {}：{}",
     r"K (.+); V (.+)": "K {}；V {}",
+    r"K and V (\w+) \(SGLang's own\)": "K 与 V 均为 {}（SGLang 自带）",
     r"16 bit \(not quantized\)": "16 位（不量化）",
     r"(\d+) bit per channel and page(, 1 .+ bit)?, (a?symmetric)": "{} 位，按通道和页{}，{}",
     r"(\d+) bit per token, group (\w+), (a?symmetric)": "{} 位，按词元，组 {}，{}",
