@@ -14,6 +14,7 @@ from kvtuner_sglang.quant import KVFormat, TensorFormat
 from kvtuner_sglang.report import text_en, text_zh
 from kvtuner_sglang.report.language import TEXTS
 from kvtuner_sglang.report.markdown import render
+from kvtuner_sglang.serving.dummy_checkpoint import RANDOM_WEIGHTS
 
 RUN = ("quant=kv4", "dist=tp2pp2", "workload=seed_report")
 NAMES = {  # of programs, formats, hosts, variables, hashes and units, which have no other name in Chinese
@@ -47,7 +48,7 @@ def in_chinese(record: RunRecord) -> RunRecord:
 @pytest.fixture
 def record(make_run: Callable[..., RunRecord]) -> RunRecord:
     """A run with every rule of today and each warning."""
-    warnings = validity.monotone_warnings({10: 100.0, 1000: 20.5})
+    warnings = [RANDOM_WEIGHTS, *validity.monotone_warnings({10: 100.0, 1000: 20.5})]
     return make_run(*RUN).model_copy(update={"rules": validity.rules_held(), "warnings": tuple(warnings)})
 
 

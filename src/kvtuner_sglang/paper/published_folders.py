@@ -36,6 +36,7 @@ FOLDERS = {
     "kernels": PublishedFolder("kvtuner_sglang.kernel_bench.publish:tables",
                                "kvtuner_sglang.kernel_bench.figures:figures"),
     "engine": PublishedFolder("kvtuner_sglang.speed.publish:tables", "kvtuner_sglang.speed.decode_figure:figures"),
+    "agreement": PublishedFolder("kvtuner_sglang.agreement.publish:tables"),
 }
 
 

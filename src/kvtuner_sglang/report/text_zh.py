@@ -160,7 +160,8 @@ SENTENCES: dict[str, str] = {
     r"faster_than_floor: .*": "没有词元早于这台机器能算出它的时间，"
                               "步长中位数也不短于读取所需的时间（`faster_than_floor`）。",
     r"constant_time: .*": "词元数为两倍或更多的回答（如果有）所用时间并不相同（`constant_time`）。",
-    # what measure.validity warns of
+    # what a run may warn of
+    r"The weights are random .*": "权重是随机的（`load_format=dummy`）：速度不受影响，文本没有意义。",
     r"TTFT p50 at (\d+) tokens \(([\d.]+) ms\) is clearly below that at (\d+) tokens \(([\d.]+) ms\)\.":
         "{} 个词元时的 TTFT p50（{} ms）明显低于 {} 个词元时（{} ms）。",
     # devices, and what measure.memory does not know of them
