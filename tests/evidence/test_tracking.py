@@ -128,11 +128,12 @@ def test_a_metric_family_is_drawn_by_its_first_label(make_record: Callable[..., 
     record = make_record()
     metric = record.metric("ttft_ms", prompt_tokens=10)
     cells = {f"decode_tok_s/batch={batch}/context={context}": metric for context in (2, 1) for batch in (16, 4)}
-    families = families_of(record.model_copy(update={"metrics": {**record.metrics, **cells, "kv_tokens": metric}}))
+    families = families_of(record.model_copy(update={"metrics": {**record.metrics, **cells, "kv_tokens": metric,
+                                                                    "nats/dist=tp2": metric}}))
     assert [level for level, _ in families["ttft_ms", "prompt_tokens"][""]] == [10, 1000]
     assert {name: [level for level, _ in levels] for name, levels in families["decode_tok_s", "batch"].items()} == {
         "context=1": [4, 16], "context=2": [4, 16]}
-    assert all(quantity != "kv_tokens" for quantity, _ in families)
+    assert {"kv_tokens", "nats"}.isdisjoint(quantity for quantity, _ in families)
 
 
 def test_metrics_are_flat_numbers(make_record: Callable[..., RunRecord]) -> None:

@@ -1,5 +1,6 @@
 """What one run measured at several levels, drawn from its record, such as TTFT over prompt length."""
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from kvtuner_sglang.figure_style import panels, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NUMBER = re.compile(r"\d+(\.\d+)?")
 Levels = list[tuple[float, Metric]]
 
 
@@ -36,12 +38,15 @@ def metric_figure(record: RunRecord) -> "Figure | None":
 
 
 def families_of(record: RunRecord) -> dict[tuple[str, str], dict[str, Levels]]:
-    """{("ttft_ms", "prompt_tokens"): {"": [(10, metric), ...]}}: by quantity and first label, then by other labels."""
+    """{("ttft_ms", "prompt_tokens"): {"": [(10, metric), ...]}}: by quantity and first label, then by other labels.
+
+    What has no first label, or one that is a word, such as a layout's name, is in none.
+    """
     families: dict[tuple[str, str], dict[str, Levels]] = defaultdict(lambda: defaultdict(list))
     for key, metric in record.metrics.items():
         quantity, *labels = key.split("/")
-        if labels:
-            label, _, level = labels[0].partition("=")
+        label, _, level = labels[0].partition("=") if labels else ("", "", "")
+        if NUMBER.fullmatch(level):
             families[quantity, label][" ".join(labels[1:])].append((float(level), metric))
     return {family: {name: sorted(levels, key=lambda pair: pair[0]) for name, levels in lines.items()}
             for family, lines in families.items()}
