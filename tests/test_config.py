@@ -12,8 +12,7 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed")
-SPEED_ALONE = {"model=qwen2_5_7b_dummy", "model=tiny_dummy", "quant=fp8"}  # one rank, and no other task
+GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed", "agreement")
 
 
 def options(group: str) -> list[str]:
@@ -24,24 +23,19 @@ def load(*overrides: str):
     return command_line.load(overrides, CONF)
 
 
-def fits(one: str, other: str) -> bool:
-    return not (SPEED_ALONE & {one, other} and any(word.startswith("dist=") and word != "dist=single"
-                                                   for word in (one, other)))
-
-
-PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)
-         if fits(f"{g}={a}", f"{h}={b}")]
+PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda word: word)
 def test_every_pair_of_options_composes(one, other):
     more = ["model.path=/checkpoint"] if "model=local" in (one, other) else []
-    more += ["task=speed"] if SPEED_ALONE & {one, other} else []
+    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if "quant=plan" in (one, other) else []
     config = load(one, other, *more)
     for word in (one, other):
         group, _, name = word.partition("=")
         part = getattr(config, group)
-        assert getattr(part, "mode" if group == "tracking" else "name") == name
+        found = getattr(part, "mode" if group == "tracking" else "name")
+        assert found == (f"{name}_qwen2_5_7b_kivi_3_18" if word == "quant=plan" else name)
 
 
 @pytest.mark.parametrize("name", options("exp"))
@@ -52,16 +46,16 @@ def test_every_job_of_an_experiment_composes(name):
 
 def test_the_ablation_is_every_format_on_every_topology():
     jobs = [load(*job) for job in command_line.jobs(["exp=ablation"], CONF, multirun=True)]
-    assert {job.dist.name for job in jobs} == set(options("dist"))
+    assert {job.dist.name for job in jobs} == {"single", "tp2", "pp2", "tp2pp2"}
     assert {job.quant.name for job in jobs} == {"bf16", "kv8", "kv4", "kv2", "k8v4", "k4v2", "kv4_token"}
     assert len(jobs) == 4 * 7
     [one] = command_line.jobs(["exp=ablation", "dist=tp2", "quant=kv2"], CONF, multirun=False)
     assert (load(*one).dist.name, load(*one).quant.name, load(*one).workload.name) == ("tp2", "kv2", "ablation")
 
 
-@pytest.mark.parametrize("name", options("quant"))
+@pytest.mark.parametrize("name", [name for name in options("quant") if name != "plan"])
 def test_a_quant_file_is_what_its_name_says(name):
-    quant = load(f"quant={name}", *(["task=speed"] if name == "fp8" else [])).quant
+    quant = load(f"quant={name}").quant
     if name in ("bf16", "fp8"):
         assert not quant.enabled
         assert quant.kv_cache_dtype == {"bf16": "auto", "fp8": "fp8_e4m3"}[name]
@@ -92,6 +86,47 @@ def test_runs_that_can_differ_get_different_directories():
     assert load("tracking=disabled", "force=true").run_dir == load().run_dir
 
 
+PLAN = """model: {architecture: LlamaForCausalLM, layers: 2, kv_heads: 2, head_dim: 32}
+default: {nbits_key: 8, nbits_value: 4, axis_key: 0}
+layers: {1: {nbits_key: 4, nbits_value: 2, axis_key: 0}}
+"""
+
+
+def test_a_run_keeps_its_plan_and_is_named_by_it(tmp_path):
+    def planned(name, text):
+        (tmp_path / name).write_text(text)
+        return load("quant=plan", f"plan.path={tmp_path / name}")
+
+    config = planned("first.yaml", PLAN)
+    assert [(fmt.key.bits, fmt.value.bits) for fmt in config.quant.plan(2)] == [(8, 4), (4, 2)]
+    assert config.quant.page_tokens == 1
+    assert config.quant.options().plan(2) == config.quant.plan(2)
+    assert config.run_dir.name.startswith("serve-smollm2_135m-plan_first-single-smoke-")
+    assert config.to_dict()["quant"]["plan_file"]["layers"]["1"]["nbits_value"] == 2
+    (tmp_path / "elsewhere").mkdir()
+    assert planned("elsewhere/first.yaml", PLAN).run_dir == config.run_dir
+    assert planned("first.yaml", PLAN.replace("nbits_value: 2", "nbits_value: 4")).run_dir != config.run_dir
+    (tmp_path / "first.yaml").unlink()
+    assert config.quant.plan(2)[1].key.bits == 4, "a run does not read it a second time"
+
+
+def test_other_formats_do_not_look_at_the_plan():
+    assert load("plan.path=preset:qwen2_5_7b_kivi_3_18").run_dir == load().run_dir
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    (["quant=plan"], "quant=plan does not say how many bits: give plan.path=FILE"),
+    (["quant=plan", "plan.path=/no/plan.yaml"], "/no/plan.yaml cannot be read"),
+    (["quant=plan", "plan.path=preset:kv5"], "choose preset:NAME from"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.nbits_key=4"], "leave quant.nbits_key"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.axis_key=0"], "leave --kvtuner-axis-key"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.page_size=1"], "choose 64 or 128"),
+])
+def test_plans_that_cannot_be(words, part):
+    with pytest.raises(ConfigError, match=part):
+        load(*words)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -109,9 +144,16 @@ def test_runs_that_can_differ_get_different_directories():
         (["+quant.foo=1"], "quant.foo"),
         (["model=local"], "model.path"),
         (["task=fly"], "choose from"),
+        (["report.language=fr"], "report.language"),
+        (["report.language=zh", "task=quality"], "which task=quality does not write"),
+        (["task=agreement", "model=tiny_dummy"], "random weights"),
+        (["task=agreement", "dist=tp2"], "choose dist=single"),
+        (["task=agreement", "agreement.dists=[tp4]"], "must name some of"),
+        (["task=agreement", "agreement.prompt_tokens=2040"], "server.context_length"),
         (["quant=kv4,kv8"], "add -m"),
         (["exp=ablation", "quant=kv4"], "add -m"),
         (["exp=oblation"], "choose from"),
+        (["task=forensics", "dist=tp2pp2", "workload=open"], "is a load: choose workload=seed_report"),
     ],
 )
 def test_wrong_options_are_one_sentence(words, part, tmp_path):
@@ -159,3 +201,22 @@ def test_help_shows_the_groups_and_an_example():
     assert done.returncode == 0
     for text in ("quant=kv4 dist=tp2pp2", "kv2_token", "seed_report", "force=true"):
         assert text in done.stdout
+
+
+def test_the_layouts_of_an_agreement_are_the_options_of_dist():
+    layouts = load("task=agreement").agreement.layouts
+    assert layouts == {name: load(f"dist={name}").dist for name in options("dist") if name != "single"}
+    assert [layouts[name].nnodes for name in load().agreement.dists] == [2, 2, 2]
+
+
+def test_only_its_own_group_changes_the_folder_of_an_agreement():
+    run_dir = load("task=agreement").run_dir
+    assert load("task=agreement", "workload=seed_report").run_dir == run_dir
+    assert load("task=agreement", "agreement.prompts=6").run_dir != run_dir
+    assert load("agreement.prompts=6").run_dir == load().run_dir
+
+
+def test_a_level_has_its_requests_or_its_rounds_if_those_are_more():
+    load_of = load("workload=seed_report_gpu").workload.throughput
+    assert [load_of.requests_at(n) for n in load_of.concurrency] == [6, 6, 8, 16, 32, 64, 128]
+    assert load("workload=seed_report").workload.throughput.requests_at(8) == 16

@@ -7,6 +7,8 @@ import pytest
 
 from kvtuner_sglang.ablation import publish as ablation_publish
 from kvtuner_sglang.ablation import tidy as ablation_tidy
+from kvtuner_sglang.agreement import publish as agreement
+from kvtuner_sglang.agreement import tidy as agreement_table
 from kvtuner_sglang.evidence.published import publishable, slug
 from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
@@ -65,3 +67,10 @@ def test_the_ablation_tables_are_what_the_records_give():
     tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
     frame = ablation_tidy.table_of(ablation_publish.published(folder))
     assert tables == {slug(str(machine)): ablation_tidy.to_csv(rows) for machine, rows in frame.groupby("machine")}
+
+
+def test_the_agreement_table_is_what_the_records_give():
+    folder = PUBLISHED / "agreement"
+    records = agreement.published(folder)
+    tables = [path.read_text() for path in folder.glob("*.csv")]
+    assert tables == ([agreement_table.to_csv(agreement_table.table_of(records))] if records else [])

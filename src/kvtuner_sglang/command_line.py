@@ -1,15 +1,17 @@
 """What stands between run.py and the tasks: every job is checked before the first one starts."""
 
+import contextlib
 import itertools
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -123,6 +125,17 @@ def _one_sentence(message: str) -> str:
     if fault.startswith("Could not override"):
         return f"{fault}: no such option exists; python run.py --help lists them all."
     return f"{fault}."
+
+
+@contextlib.contextmanager
+def apart_from_the_running_job() -> Iterator[None]:
+    """Within a job, which Hydra composed: other configurations can be composed in the block."""
+    hydra = GlobalHydra.instance()
+    running, hydra.hydra = hydra.hydra, None
+    try:
+        yield
+    finally:
+        hydra.hydra = running
 
 
 def _say(line: str) -> None:

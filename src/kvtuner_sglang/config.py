@@ -6,7 +6,7 @@ every other module takes these frozen dataclasses.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,14 +20,16 @@ from kvtuner_sglang.load.config import CapacityLoad, ClosedLoad, LoadWorkload, M
 from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
-from kvtuner_sglang.quant import KVFormat
+from kvtuner_sglang.quant import KVFormat, LayerFormat, ModelIdentity, PlanFile, load_plan, page_tokens, uniform_plan
+from kvtuner_sglang.quant.plan_file import absolute, naming, plan_path
 from kvtuner_sglang.speed.config import SpeedConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 STRICT = ConfigDict(extra="forbid")
-LOADS = {"quality": "quality", "speed": "speed"}  # which group says how much a task measures; workload for the others
+# Which group says how much a task measures; workload for the others.
+LOADS = {"quality": "quality", "speed": "speed", "agreement": "agreement"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,12 +45,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class QuantConfig:
-    """How keys and values are stored; `enabled=False` is the model's own precision (bf16, fp16 or fp32)."""
+    """How keys and values are stored; `enabled=False` is the model's own precision (bf16, fp16 or fp32).
+
+    plan_path: a per-layer file instead of bits; plan_file: what is in it, read when the configuration is, so that a run
+    keeps it and its name depends on it.
+    """
 
     name: str
     enabled: bool
-    nbits_key: Literal[16, 8, 4, 2]
-    nbits_value: Literal[16, 8, 4, 2]
+    nbits_key: Literal[16, 8, 4, 2] | None
+    nbits_value: Literal[16, 8, 4, 2] | None
     axis_key: Literal[0, 1]
     axis_value: Literal[0, 1]
     group_size: PositiveInt | None
@@ -56,25 +62,49 @@ class QuantConfig:
     key_boost: bool | None
     page_size: PositiveInt | None
     kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"  # SGLang's own, without quantization
+    plan_path: str | None = None
+    plan_file: PlanFile | None = None
+
+    def with_plan_read(self) -> "QuantConfig":
+        """The same with what is in the file at plan_path, and its name; raises ConfigError if it is no plan."""
+        if self.plan_path is None or self.plan_file is not None:
+            return self
+        others = LayerFormat(4, 4, self.axis_key, self.axis_value, self.group_size, self.asym, self.key_boost)
+        return replace(self, name=f"{self.name}_{plan_path(self.plan_path).stem}",
+                       plan_file=load_plan(self.plan_path, others))
 
     def options(self) -> KvtunerOptions:
         """What the plugin is asked for in a server of this format."""
         if not self.enabled:
             return KvtunerOptions()
+        bits: dict[str, Any] = {"kvtuner_nbits_key": self.nbits_key, "kvtuner_nbits_value": self.nbits_value}
+        if self.plan_path is not None:
+            bits = {"kvtuner_layer_config_file": absolute(self.plan_path)}
         return KvtunerOptions(
-            enable_kvtuner_quant=True, kvtuner_nbits_key=self.nbits_key, kvtuner_nbits_value=self.nbits_value,
-            kvtuner_axis_key=self.axis_key, kvtuner_axis_value=self.axis_value, kvtuner_asym=self.asym,
-            kvtuner_q_group_size=self.group_size, kvtuner_key_boost=self.key_boost,
+            enable_kvtuner_quant=True, **bits, kvtuner_axis_key=self.axis_key, kvtuner_axis_value=self.axis_value,
+            kvtuner_asym=self.asym, kvtuner_q_group_size=self.group_size, kvtuner_key_boost=self.key_boost,
         )
 
     @property
     def page_tokens(self) -> int:
         """Tokens of a page as served: of keys per channel they share a scale and zero."""
-        return self.kv_format().page_tokens(self.page_size)
+        return page_tokens(self.any_formats(), self.page_size)
 
-    def kv_format(self) -> KVFormat:
-        """The format of every layer; 16-bit keys and values when disabled."""
-        return self.options().kv_format()
+    def plan(self, layers: int, model: ModelIdentity | None = None) -> tuple[KVFormat, ...]:
+        """The format of each of `layers` layers, 16 bits when disabled; raises ConfigError if it is not for `model`."""
+        if self.plan_file is not None:
+            with naming(self.plan_path):
+                return self.plan_file.formats(model, layers)
+        return uniform_plan(self.any_formats()[0], layers)
+
+    def any_formats(self) -> tuple[KVFormat, ...]:
+        """The formats that layers may have, before the model is known."""
+        return self.plan_file.any_formats() if self.plan_file is not None else self.options().any_formats()
+
+    def require_fits(self, model: ModelIdentity) -> None:
+        """Raise ConfigError if this model cannot be stored so, or is not the one the plan is for."""
+        for fmt in self.plan(model.layers, model):
+            fmt.check(model.head_dim)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -125,12 +155,17 @@ class TtftConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ThroughputConfig:
-    """Closed loop: `requests` requests of `prompt_tokens` in and `output_tokens` out at each concurrency."""
+    """Closed loop of requests of `prompt_tokens` in and `output_tokens` out at each concurrency."""
 
     concurrency: tuple[PositiveInt, ...]
     requests: PositiveInt
+    rounds: Annotated[int, Field(ge=0)]
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
+
+    def requests_at(self, concurrency: int) -> int:
+        """How many requests a level sends: `requests`, or `rounds` per worker if that is more."""
+        return max(self.requests, self.rounds * concurrency)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -151,6 +186,23 @@ WorkloadConfig = Annotated[SeedTests | LoadWorkload, Field(discriminator="kind")
 
 
 @dataclass(frozen=True, config=STRICT)
+class AgreementConfig:
+    """Greedy requests on one rank and on each layout that `dists` names, `at_once` of them in flight.
+
+    noise: relative noise on keys and values that gives the noise floor, null for that of the dtype served in.
+    """
+
+    name: str
+    layouts: dict[str, DistConfig]
+    dists: tuple[str, ...]
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    new_tokens: PositiveInt
+    at_once: PositiveInt
+    noise: PositiveFloat | None
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrackingConfig:
     """W&B mirror of the record: offline, online or disabled."""
 
@@ -159,15 +211,23 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PlanConfig:
+    """Where quant=plan finds its per-layer file; other formats do not look at it."""
+
+    path: str | None
+
+
+@dataclass(frozen=True, config=STRICT)
 class ReportConfig:
-    language: Literal["en"]
+    language: Literal["en", "zh"]
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "agreement", "forensics", "claims", "figures",
+                  "paper"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -176,7 +236,9 @@ class RunConfig:
     quality: QualityConfig
     kernels: KernelsConfig
     speed: SpeedConfig
+    agreement: AgreementConfig
     tracking: TrackingConfig
+    plan: PlanConfig
     report: ReportConfig
     seed: int
     force: bool
@@ -191,9 +253,11 @@ class RunConfig:
         if self.task == "kernels":
             kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
         else:
-            other_tasks = {"workload", "quality", "kernels", "speed"} - {LOADS.get(self.task, "workload")}
-            left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
+            other_tasks = {"workload", "quality", "kernels", "speed", "agreement"} - {LOADS.get(self.task, "workload")}
+            left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
+            kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
+                             if k != "plan_path" and (k != "plan_file" or v is not None)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -221,6 +285,7 @@ def parse(tree: dict[str, Any]) -> RunConfig:
             del parts[1]  # the kind by which pydantic chose the class is no part of the option's name
         where = ".".join(str(part) for part in parts)
         raise ConfigError(f"{where}={first.get('input')!r} cannot be used: {_reason(first)}.") from error
+    config = replace(config, quant=config.quant.with_plan_read())
     check(config)
     return config
 
@@ -244,9 +309,8 @@ def check(config: RunConfig) -> None:
     for name, values in (("hosts", dist.hosts), ("http_ports", dist.http_ports)):
         if len(values) != dist.nnodes:
             raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
-    if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
-        raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
     if quant.enabled:
+        _check_bits(quant)
         if config.quality.probe_tokens < 2 * quant.page_tokens:
             raise ConfigError(f"quality.probe_tokens={config.quality.probe_tokens} reads too little as stored with "
                               f"pages of {quant.page_tokens}: give {4 * quant.page_tokens} or more.")
@@ -260,7 +324,17 @@ def check(config: RunConfig) -> None:
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
+    if config.task == "forensics" and dist.nnodes < 2:
+        raise ConfigError(f"task=forensics asks the second of two nodes and dist={dist.name} has one: choose "
+                          "dist=tp2pp2.")
+    if config.task == "forensics" and not isinstance(config.workload, SeedTests):
+        raise ConfigError(f"task=forensics repeats the seed's tests and workload={config.workload.name} is a load: "
+                          "choose workload=seed_report.")
+    if config.report.language != "en" and config.task != "serve":
+        raise ConfigError(f"report.language={config.report.language} is of the report of task=serve, which task="
+                          f"{config.task} does not write: leave it out.")
     _check_speed(config)
+    _check_agreement(config)
     if not isinstance(config.workload, SeedTests):
         _check_load(config.workload, quant.page_tokens)
     longest = config.workload.longest
@@ -291,14 +365,26 @@ def _check_load(load: LoadWorkload, page_tokens: int) -> None:
                               "so nothing would be cached: make the prompts longer.")
 
 
+def _check_bits(quant: QuantConfig) -> None:
+    if quant.plan_path is None and (quant.nbits_key is None or quant.nbits_value is None):
+        raise ConfigError(f"quant={quant.name} does not say how many bits: give plan.path=FILE or "
+                          "plan.path=preset:NAME.")
+    if quant.plan_path is not None and not (quant.nbits_key is None and quant.nbits_value is None):
+        raise ConfigError("plan.path says the bits of every layer: leave quant.nbits_key and quant.nbits_value out.")
+    if not any(fmt.quantized for fmt in quant.any_formats()):
+        raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
+
+
 def _check_speed(config: RunConfig) -> None:
     """What fits task=speed, and what fits no other task."""
     quant, speed = config.quant, config.speed
     if config.task != "speed":
-        if config.model.source.startswith("dummy:"):
-            raise ConfigError(f"model={config.model.name} has random weights, so only task=speed can use it.")
-        if quant.kv_cache_dtype != "auto":
-            raise ConfigError(f"quant={quant.name} is SGLang's own cache, which only task=speed measures as a peer.")
+        if config.task != "serve" and config.model.source.startswith("dummy:"):
+            raise ConfigError(f"model={config.model.name} has random weights, so only task=speed and task=serve can "
+                              "use it.")
+        if config.task != "serve" and quant.kv_cache_dtype != "auto":
+            raise ConfigError(f"quant={quant.name} is SGLang's own cache, which only task=speed and task=serve measure "
+                              "as a peer.")
         return
     if quant.enabled and (quant.kv_cache_dtype != "auto" or speed.backend != "auto"):
         raise ConfigError(f"quant={quant.name} is served by the plugin's own attention: leave "
@@ -312,3 +398,18 @@ def _check_speed(config: RunConfig) -> None:
                           f"{speed.context_length}: raise it or choose shorter cells.")
     if not (speed.decode or speed.saturation or speed.ttft_tokens or speed.ttft_cached):
         raise ConfigError(f"speed={speed.name} measures nothing: give speed.decode or speed.ttft_tokens.")
+
+
+def _check_agreement(config: RunConfig) -> None:
+    if config.task != "agreement":
+        return
+    agreement = config.agreement
+    if config.dist.ranks > 1:
+        raise ConfigError("task=agreement compares with one rank: choose dist=single and name layouts in "
+                          "agreement.dists.")
+    if not agreement.dists or not set(agreement.dists) <= set(agreement.layouts):
+        raise ConfigError(f"agreement.dists={list(agreement.dists)} must name some of {', '.join(agreement.layouts)}.")
+    longest = agreement.prompt_tokens + agreement.new_tokens
+    if longest + 8 > config.server.context_length:
+        raise ConfigError(f"agreement needs {longest} tokens but server.context_length is "
+                          f"{config.server.context_length}: raise it or choose shorter prompts.")

@@ -6,8 +6,10 @@ import pytest
 
 from kvtuner_sglang import command_line
 from kvtuner_sglang.errors import MeasurementInvalid
+from kvtuner_sglang.evidence.environment import collect_environment
 from kvtuner_sglang.load import measure
 from kvtuner_sglang.load.measure import run_load
+from kvtuner_sglang.measure.physics import floor_of_run
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.serving.checkpoint import prepare_checkpoint
 from kvtuner_sglang.serving.cluster import running_cluster
@@ -21,13 +23,15 @@ TALK = ["workload=multiturn", "workload.concurrency=[2]", "workload.shared_token
 
 
 @pytest.fixture
-def load(checkpoint, tmp_path):
+def load(tmp_path):
     """load(cluster, "workload=...", ...) -> figures and samples of run_load."""
 
     def run(cluster, *words):
         config = command_line.load([*words, f"runs_dir={tmp_path}", "server.request_timeout_s=3600"], CONF)
+        checkpoint = prepare_checkpoint(config.model.source, config.model.path)
+        floor = floor_of_run(config, checkpoint, collect_environment().machine, lambda _line: None)
         samples = []
-        return run_load(cluster, config, checkpoint, lambda _line: None, samples.append), samples
+        return run_load(cluster, config, checkpoint, lambda _line: None, samples.append, floor), samples
 
     return run
 

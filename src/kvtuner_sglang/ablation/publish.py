@@ -25,14 +25,21 @@ def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     found = {run_dir.name: (run_dir, publishable(run_dir, "serve")) for run_dir in run_dirs}
     kept = [record for record in published(folder) if record.name not in found]
     records = sorted([*kept, *(record for _, record in found.values())], key=lambda record: record.name)
-    frame = table_of(records)
+    texts = _tables(records)
     for name, (run_dir, _) in found.items():
         copy_run(run_dir, folder / name)
-    paths = []
-    for machine, rows in frame.groupby("machine"):
-        paths.append(folder / f"{slug(str(machine))}.csv")
-        paths[-1].write_text(to_csv(rows))
-    return [*paths, write_sums(folder)]
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [*(folder / name for name in texts), write_sums(folder)]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    return _tables(published(folder))
+
+
+def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
+    return {f"{slug(str(machine))}.csv": to_csv(rows) for machine, rows in table_of(records).groupby("machine")}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -224,7 +224,7 @@ class RunRecord(Explained):
             raise ValueError(f"a run with status {self.status} needs a reason")
         return self
 
-    def metric(self, name: str, **at: float) -> Metric:
+    def metric(self, name: str, **at: float | str) -> Metric:
         """The metric `name` at, say, prompt_tokens=1000; raises KeyError if the run did not measure it."""
         return self.metrics[metric_key(name, **at)]
 
@@ -234,7 +234,7 @@ class RunRecord(Explained):
         return sorted(int(key.removeprefix(prefix)) for key in self.metrics if key.startswith(prefix))
 
 
-def metric_key(name: str, **at: float) -> str:
+def metric_key(name: str, **at: float | str) -> str:
     """ "ttft_ms/prompt_tokens=1000": the name, with its unit, and where it was measured."""
     return name + "".join(f"/{label}={value}" for label, value in at.items())
 

@@ -12,13 +12,15 @@ from kvtuner_sglang.load.config import CapacityLoad, LoadWorkload, MultiturnLoad
 from kvtuner_sglang.load.figures import Repeats, attainment, latencies, level_metrics
 from kvtuner_sglang.load.generator import Generator, load_generator
 from kvtuner_sglang.load.plan import Batch, Conversation, Level, Planner, prompt_lengths
-from kvtuner_sglang.measure import memory, validity
+from kvtuner_sglang.measure import memory, physics, validity
+from kvtuner_sglang.measure.hardware import Floor
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.measure.target import Server
 from kvtuner_sglang.measure.throughput import dispatch_s, wall_s
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.serving.client import Sample
+from kvtuner_sglang.serving.dummy_checkpoint import RANDOM_WEIGHTS, is_dummy
 
 if TYPE_CHECKING:
     from kvtuner_sglang.serving.checkpoint import Checkpoint
@@ -27,11 +29,11 @@ Say = Callable[[str], None]
 
 
 def run_load(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: Say,
-             keep: Callable[[Sample], None]) -> Figures:
+             keep: Callable[[Sample], None], floor: Floor) -> Figures:
     """Warm up, send every repeat of every level by the workload's cache protocol, and check all of it.
 
-    Every sample goes to `keep` as it ends, also when it does not count.  Raises MeasurementInvalid naming the broken
-    rule, or RunFailed naming what is gone.
+    Every sample goes to `keep` as it ends, also when it does not count.  floor: what this machine needs at least
+    (physics.floor_of_run).  Raises MeasurementInvalid naming the broken rule, or RunFailed naming what is gone.
     """
     workload = config.workload
     if isinstance(workload, SeedTests):
@@ -42,15 +44,15 @@ def run_load(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: 
     folder = config.run_dir / "load"
     with load_generator(cluster.base_url, checkpoint.path, folder, state["ranks"][0]["device"], cluster.abort,
                         keep) as generator:
-        load = Load(cluster, config, workload, planner, generator, say)
+        load = Load(cluster, config, workload, planner, generator, say, floor)
         metrics, warnings = _capacity(load, workload) if isinstance(workload, CapacityLoad) else (_levels(load), [])
     cluster.check()
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
     return Figures(
-        metrics=metrics, kv=memory.kv_record(after["kvtuner"], config),
+        metrics=metrics | physics.floor_metrics(floor, ()), kv=memory.kv_record(after["kvtuner"], config),
         memory=memory.device_memory(after["kvtuner"]["ranks"]), rules=load_validity.rules_held(workload),
-        warnings=tuple(warnings),
+        warnings=((RANDOM_WEIGHTS,) if is_dummy(checkpoint) else ()) + tuple(warnings),
     )
 
 
@@ -64,6 +66,7 @@ class Load:
     planner: Planner
     generator: Generator
     say: Say
+    floor: Floor
 
     @property
     def levels(self) -> list[Level]:
@@ -87,6 +90,7 @@ class Load:
             validity.require_valid(self._send(drawn.prime, Level(concurrency=1)))
         samples = self._send(drawn.measured, level, self.config.seed + number)
         validity.require_valid(samples)
+        physics.require_above_floor(samples, self.floor)
         self._require_the_load(samples, level)
         self.say(f"{level}, repeat {number + 1} of {self.workload.repeats}: {len(samples)} requests in "
                  f"{wall_s(samples):.1f} s")
@@ -96,6 +100,7 @@ class Load:
         """The level's metrics; of an open loop also how late requests left, of conversations also each turn's times."""
         together = [sample for samples in repeats for sample in samples]
         found = level_metrics(repeats, self.workload.slo, self.config.dist.ranks, level.at)
+        physics.require_tpot_above_floor(found, self.floor)
         if level.rate_per_s is not None:
             found[metric_key("dispatch_lag_ms", **level.at)] = summarize(load_validity.dispatch_lag_ms(together), "ms")
         for turn in range(self.workload.turns if isinstance(self.workload, MultiturnLoad) else 0):

@@ -11,7 +11,7 @@ from kvtuner_sglang.load.plan import Conversation
 from kvtuner_sglang.measure import validity
 from kvtuner_sglang.serving.client import Sample
 
-SHARED_RULES = ("warm_up", "plain_server", "same_server")
+SHARED_RULES = ("warm_up", "plain_server", "same_server", "wrong_server", "unquantized_pool", "faster_than_floor")
 CLOSED_RULES = {"fast_client": validity.RUN_RULES["fast_client"]}
 OPEN_RULES = {"on_schedule": "99 of 100 requests left within max_dispatch_lag_ms of their Poisson schedule."}
 UNIQUE_RULE = "No two prompts of a batch go on with the same token behind what they share by plan."

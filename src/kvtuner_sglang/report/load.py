@@ -6,8 +6,8 @@ from typing import Any
 
 from kvtuner_sglang.evidence.record import Metric, RunRecord
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.report.language import Text
 
-Text = dict[str, str]
 LOOPS = {"closed": "load_closed", "open": "load_open", "capacity": "load_open", "multiturn": "load_multiturn"}
 CACHES = {"cold": "cache_cold", "warm": "cache_warm", "shared_prefix": "cache_shared_prefix", None: "cache_turns"}
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
@@ -39,7 +39,7 @@ def load_section(record: RunRecord, text: Text) -> list[str]:
         markdown_table((text["load_level"], "n", *(f"{name} {p}" for name in LATENCIES for p in ("p50", "p90", "p99"))),
                        [_latency_row(record, where) for where in found]),
         text["rates_method"].format(repeats=workload["repeats"], **workload["slo"]),
-        markdown_table((text["load_level"], *RATES), [_rate_row(record, where) for where in rates]),
+        markdown_table((text["load_level"], *RATES), [_rate_row(record, where, text) for where in rates]),
         *_lag(record, rates, text),
     ]
 
@@ -47,7 +47,7 @@ def load_section(record: RunRecord, text: Text) -> list[str]:
 def _method(workload: dict[str, Any], text: Text) -> str:
     loop = text[LOOPS[workload["kind"]]].format(**workload)
     cache = text[CACHES[workload.get("cache")]].format(shared=workload["shared_tokens"])
-    return f"{loop} {cache} {text['load_by']}"
+    return text["sentence_gap"].join((loop, cache, text["load_by"]))
 
 
 def _latency_row(record: RunRecord, where: str) -> tuple[str, ...]:
@@ -55,14 +55,14 @@ def _latency_row(record: RunRecord, where: str) -> tuple[str, ...]:
     return (where, str(found[0].n), *(f"{value:.1f}" for m in found for value in (m.p50, m.p90, m.p99)))
 
 
-def _rate_row(record: RunRecord, where: str) -> tuple[str, ...]:
-    return (where, *(_with_interval(record.metrics[f"{name}/{where}"]) for name in RATES))
+def _rate_row(record: RunRecord, where: str, text: Text) -> tuple[str, ...]:
+    return (where, *(_with_interval(record.metrics[f"{name}/{where}"], text) for name in RATES))
 
 
-def _with_interval(metric: Metric) -> str:
+def _with_interval(metric: Metric, text: Text) -> str:
     if metric.ci95 is None or metric.min == metric.max:
         return f"{metric.mean:.4g}"
-    return f"{metric.mean:.4g} ({metric.ci95[0]:.4g} to {metric.ci95[1]:.4g})"
+    return text["interval"].format(mean=metric.mean, low=metric.ci95[0], high=metric.ci95[1])
 
 
 def _lag(record: RunRecord, rates: Sequence[str], text: Text) -> list[str]:
@@ -87,8 +87,8 @@ def _format_row(run: RunRecord, this: bool, text: Text) -> tuple[str, ...]:
     at = {name: run.metrics[f"{name}/{where}"] for name in ("ttft_ms", "tpot_ms", "output_tokens_per_s", "retractions")}
     name = run.config["quant"]["name"]
     capacity = run.metrics.get("capacity_per_s")
-    kv, sha = run.kv, run.environment.git_sha or "unknown"
+    kv, sha = run.kv, run.environment.git_sha or text["commit_unknown"]
     return (text["this_run"].format(quant=name) if this else name, str(kv.tokens if kv else ""),
             f"{kv.effective_bits:.2f}" if kv else "", f"{capacity.mean:g}" if capacity else "", where,
-            f"{at['ttft_ms'].p50:.1f}", f"{at['tpot_ms'].p50:.1f}", _with_interval(at["output_tokens_per_s"]),
-            _with_interval(at["retractions"]), f"{sha[:10]}{'+' if run.environment.git_dirty else ''}")
+            f"{at['ttft_ms'].p50:.1f}", f"{at['tpot_ms'].p50:.1f}", _with_interval(at["output_tokens_per_s"], text),
+            _with_interval(at["retractions"], text), f"{sha[:10]}{'+' if run.environment.git_dirty else ''}")

@@ -2,10 +2,11 @@
 
 from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RunRecord
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.report.language import Text
 
 MIB = 2**20
 LEVEL_BAND = 0.1  # a change of the median below ten percent is called level
-Text = dict[str, str]
+MODEL_BITS = 16  # what effective_bits calls the model's own precision
 
 
 def ttft_section(record: RunRecord, text: Text) -> list[str]:
@@ -16,7 +17,7 @@ def ttft_section(record: RunRecord, text: Text) -> list[str]:
     rows = [(text["n_tokens"].format(n=n), *(f"{v:.2f}" for v in (m.mean, m.min, m.max, m.p50, m.p90)), str(m.n))
             for n, m in zip(lengths, metrics, strict=True)]
     return [f"### 1. {text['ttft']}", markdown_table(header, rows), text["ttft_method"],
-            f"**{text['analysis']}**: {_ttft_analysis(record, lengths, text)}"]
+            text["analysis"].format(sentences=_ttft_analysis(record, lengths, text))]
 
 
 def _ttft_analysis(record: RunRecord, lengths: list[int], text: Text) -> str:
@@ -43,7 +44,7 @@ def throughput_section(record: RunRecord, text: Text) -> list[str]:
                                          "latency_p90", "tpot_p50", "success", "requests"))
     method = text["throughput_method"].format(prompt=load["prompt_tokens"], output=load["output_tokens"])
     return [f"### 2. {text['throughput']}", markdown_table(header, [_level_row(record, level) for level in levels]),
-            method, f"**{text['analysis']}**: {_throughput_analysis(record, levels, text)}"]
+            method, text["analysis"].format(sentences=_throughput_analysis(record, levels, text))]
 
 
 def _level_row(record: RunRecord, level: int) -> tuple[str, ...]:
@@ -74,39 +75,57 @@ def memory_section(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
     header = tuple(text[key] for key in ("device", "node_column", "used_mib", "total_mib", "utilization", "source"))
     return [
         f"### 3. {text['memory']}",
-        markdown_table(header, [_device_row(device) for device in record.memory]),
+        markdown_table(header, [_device_row(device, text) for device in record.memory]),
         text["prealloc"],
         _pool_table(kv, text),
-        f"**{text['analysis']}**: {_memory_analysis(kv, text)}",
+        text["analysis"].format(sentences=_memory_analysis(kv, text)),
     ]
 
 
-def _device_row(device: DeviceMemory) -> tuple[str, ...]:
+def _device_row(device: DeviceMemory, text: Text) -> tuple[str, ...]:
     used, total = device.used_mib, device.total_mib
     share = f"{used / total:.1%}" if used is not None and total is not None else ""
-    return (device.name, "" if device.node_rank is None else str(device.node_rank),
-            f"{used:.0f}" if used is not None else device.unknown["used_mib"],
-            f"{total:.0f}" if total is not None else "", share, device.source)
+    return (text.said(device.name), "" if device.node_rank is None else str(device.node_rank),
+            f"{used:.0f}" if used is not None else text.said(device.unknown["used_mib"]),
+            f"{total:.0f}" if total is not None else "", share, text.said(device.source))
 
 
 def _pool_table(kv: KVRecord, text: Text) -> str:
     header = (text["rank"], text["layers"], text["kv_heads"], text["kv_tokens"], text["bytes_formula"],
               text["bytes_allocated"], text["bytes_full"].format(dtype=kv.full_precision_dtype), text["pool_mib"],
-              text["tail_mib"], text["pool_class"])
+              text["tail_mib"], text["room"], text["pool_class"])
     rows = [(str(r.rank), f"{r.layers[0]}-{r.layers[1] - 1}", str(r.kv_heads), str(r.tokens),
              f"{r.bytes_per_token_formula:.1f}", f"{r.bytes_per_token_allocated:.1f}", f"{r.bytes_per_token_full:.0f}",
-             f"{r.pool_bytes / MIB:.1f}", f"{r.tail_bytes / MIB:.1f}", r.pool_class) for r in kv.ranks]
+             f"{r.pool_bytes / MIB:.1f}", f"{r.tail_bytes / MIB:.1f}",
+             "" if room is None else str(room), r.pool_class) for r, room in zip(kv.ranks, _room(kv), strict=True)]
     return markdown_table(header, rows)
+
+
+def _room(kv: KVRecord) -> list[int | None]:
+    """Tokens that each rank's budget, its tails taken off, has room for by the formula; the least is what all offer."""
+    if kv.budget_bytes_per_rank is None:
+        return [None] * len(kv.ranks)
+    return [int((kv.budget_bytes_per_rank - r.tail_bytes) // r.bytes_per_token_formula) for r in kv.ranks]
+
+
+def _least_room(kv: KVRecord, text: Text) -> list[str]:
+    """Which rank limits the others, where stages differ in bytes a token; nothing where they do not."""
+    rooms = [(room, r) for room, r in zip(_room(kv), kv.ranks, strict=True) if room is not None]
+    if len({r.bytes_per_token_formula for _, r in rooms}) < 2:
+        return []
+    (least, rank), (most, _) = (pick(rooms, key=lambda pair: pair[0]) for pick in (min, max))
+    return [text["least_room"].format(rank=rank.rank, first=rank.layers[0], last=rank.layers[1] - 1,
+                                      bytes=rank.bytes_per_token_formula, least=least, most=most)]
 
 
 def _memory_analysis(kv: KVRecord, text: Text) -> str:
     if kv.budget_bytes_per_rank is None or kv.full_precision_tokens is None or kv.capacity_ratio is None:
         return text["memory_analysis_free"].format(tokens=kv.tokens, bits=kv.effective_bits)
     sentences = [text["memory_analysis"].format(tokens=kv.tokens, bits=kv.effective_bits,
-                                                budget=kv.budget_bytes_per_rank / MIB)]
-    if kv.enabled:
+                                                 budget=kv.budget_bytes_per_rank / MIB), *_least_room(kv, text)]
+    if kv.effective_bits < MODEL_BITS:
         sentences.append(text["memory_ratio"].format(dtype=kv.full_precision_dtype, full=kv.full_precision_tokens,
                                                      ratio=kv.capacity_ratio))
         if kv.full_precision_dtype == "float32":
             sentences.append(text["memory_ratio_16"].format(ratio=kv.capacity_ratio / 2))
-    return " ".join(sentences)
+    return text["sentence_gap"].join(sentences)

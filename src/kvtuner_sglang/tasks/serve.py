@@ -9,11 +9,13 @@ from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.load.measure import run_load
+from kvtuner_sglang.measure.physics import floor_of_run
 from kvtuner_sglang.measure.seed_tests import run_seed_tests
 from kvtuner_sglang.report.console import print_summary
 from kvtuner_sglang.report.markdown import write_report
 from kvtuner_sglang.serving.checkpoint import prepare_checkpoint
 from kvtuner_sglang.serving.cluster import running_cluster
+from kvtuner_sglang.serving.dummy_checkpoint import is_dummy
 from kvtuner_sglang.tasks.probe import require_probed
 from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
@@ -27,14 +29,20 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     A run that started and broke is an outcome with status failed, or invalid when samples may not count.
     """
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
-    if config.quality.probe:
+    config.quant.require_fits(checkpoint.identity)
+    if is_dummy(checkpoint):
+        say("probe: the weights are random, so there is no quality to protect")
+    elif config.quality.probe:
         require_probed(config, checkpoint, say)
     say(f"{config.run_dir}")
+
     def measure(attempt: Attempt, log: SampleLog) -> Figures:
+        # Before there is a server: one that idles keeps a core busy.
+        floor = floor_of_run(config, checkpoint, attempt.environment.machine, say)
         with running_cluster(config, checkpoint, config.run_dir, say) as cluster:
             attempt.commands = cluster.commands
             run_workload = run_seed_tests if isinstance(config.workload, SeedTests) else run_load
-            return run_workload(cluster, config, checkpoint, say, log.append)
+            return run_workload(cluster, config, checkpoint, say, log.append, floor)
 
     with run_directory(config.run_dir):
         attempt = record(config, overrides, measure, checkpoint=checkpoint)
