@@ -2,15 +2,14 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import typst
+import yaml
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import write_sums
 from kvtuner_sglang.paper.artifact import ARTIFACT_FILE, artifact_text
-from kvtuner_sglang.paper.claims import load_claims
+from kvtuner_sglang.paper.claims import CLAIMS_FILE, load_claims
 from kvtuner_sglang.paper.readme import END, START, results_text, write_results
 from kvtuner_sglang.paper.typeset import SOURCE, paper_data, typeset
 from paper_project import QUALITY, ROOT, replace
@@ -20,7 +19,6 @@ DEFINITIONS = {
     "1", "2", "4", "8", "16", "64", "128", "16-bit", "4-digit", "8-bit", "0", "SmolLM2-135M",
     "Qwen2.5-Coder-0.5B", "float32", "95%", "bf16", "fp16",
 }
-RECORD = QUALITY / "quality-smollm2_135m-kv4-single-standard-cb8461f356"
 
 
 def prose(source: str) -> str:
@@ -67,29 +65,20 @@ def test_the_pdf_repeats_to_the_byte_and_says_the_numbers(project, tmp_path):
 
 
 def test_a_folder_appears_in_the_paper_once_it_is_published(project, tmp_path):
+    file, folder, away = project / CLAIMS_FILE, project / "runs" / "published" / "forensics", project / "taken_back"
+    text = file.read_text()
+    tree = yaml.safe_load(text)
+    tree["claims"] = [claim for claim in tree["claims"] if not claim["id"].startswith("forensics-")]
+    file.write_text(yaml.safe_dump(tree))
+    folder.rename(away)
     before = headings(project)
     assert "An earlier report" not in before
     assert "What a format costs a model" in before
-    forensics = project / "runs" / "published" / "forensics"
-    shutil.copytree(project / RECORD, forensics / "run")
-    (forensics / "paragraph.md").write_text("The earlier figures were error pages.\n")
-    (forensics / "forensics.csv").write_text("run,test,level,series,mean\nrun,ttft,10,claimed by the seed report,2.55\n"
-                                             'run,ttft,10,"node 1, HTTP 404",2.6\n')
-    write_sums(forensics)
-    claim = """
-  - id: seed-404
-    sentence: An error page took {ms} ms.
-    numbers:
-      ms: {record: forensics/run/record.json, path: [metrics, kl_nats, mean], show: .4f, band: [0, 1]}
-    command: python run.py
-    hardware: a CPU
-    tier: sweep
-"""
-    with (project / "paper" / "claims.yaml").open("a") as file:
-        file.write(claim)
+    without = typeset(load_claims(project), project, tmp_path / "without.pdf").read_bytes()
+    file.write_text(text)
+    away.rename(folder)
     assert "An earlier report, examined" in headings(project)
-    pages = typeset(load_claims(project), project, tmp_path / "with.pdf")
-    assert len(pages.read_bytes()) > 1000
+    assert len(typeset(load_claims(project), project, tmp_path / "with.pdf").read_bytes()) > len(without)
 
 
 def test_a_source_that_typst_refuses_is_one_sentence(project):
