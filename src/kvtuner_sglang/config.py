@@ -21,6 +21,7 @@ from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat
 from kvtuner_sglang.speed.config import SpeedConfig
+from kvtuner_sglang.tuner.config import TuneConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -156,7 +157,7 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "tune"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -165,6 +166,7 @@ class RunConfig:
     quality: QualityConfig
     kernels: KernelsConfig
     speed: SpeedConfig
+    tune: TuneConfig
     tracking: TrackingConfig
     report: ReportConfig
     seed: int
@@ -179,8 +181,11 @@ class RunConfig:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
         if self.task == "kernels":
             kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
+        elif self.task == "tune":
+            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "model", "tune", "seed")}
+            kept["device"] = self.server.device
         else:
-            other_tasks = {"workload", "quality", "kernels", "speed"} - {LOADS.get(self.task, "workload")}
+            other_tasks = {"workload", "quality", "kernels", "speed", "tune"} - {LOADS.get(self.task, "workload")}
             left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
@@ -189,6 +194,8 @@ class RunConfig:
     def slug(self) -> str:
         if self.task == "kernels":
             return f"kernels-{self.kernels.name}"
+        if self.task == "tune":
+            return f"tune-{self.model.name}-{self.tune.name}-{self.tune.bits:g}bit"
         load = getattr(self, LOADS.get(self.task, "workload")).name
         if self.task == "speed":
             load = f"{self.speed.backend}-{load}"
@@ -247,6 +254,7 @@ def check(config: RunConfig) -> None:
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
     _check_speed(config)
+    _check_tune(config.tune)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
@@ -254,6 +262,17 @@ def check(config: RunConfig) -> None:
             f"workload {config.workload.name} needs {longest} tokens but server.context_length is "
             f"{server.context_length}: raise it or choose a shorter workload."
         )
+
+
+def _check_tune(tune: TuneConfig) -> None:
+    """Windows must be whole and reach behind the first page, or nothing is read as stored."""
+    if tune.calibration_tokens % tune.calibration_window or tune.calibration_window < 2 * tune.page_size:
+        raise ConfigError(f"tune.calibration_window={tune.calibration_window} does not fit: give at least two pages of "
+                          f"{tune.page_size}, and tune.calibration_tokens={tune.calibration_tokens} in whole windows.")
+    for word in (*(key for key in tune.keys if key[1:] == "b" and key != "4b"),
+                 *(value for value in tune.values if value[1:] == "b")):
+        raise ConfigError(f"tune has the format {word!r}, but only keys of 4 bits can be boosted: write '4b' among "
+                          "tune.keys.")
 
 
 def _check_speed(config: RunConfig) -> None:

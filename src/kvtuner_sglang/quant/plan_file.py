@@ -70,12 +70,13 @@ class LayerFormat:
     group_size: PositiveInt | None = None
     asym: bool = True
     key_boost: bool | None = None
+    asym_value: bool | None = None
 
     def kv_format(self) -> KVFormat:
         """Raises ConfigError if it does not exist."""
         return kv_format(bits_key=self.nbits_key, bits_value=self.nbits_value, axis_key=self.axis_key,
                          axis_value=self.axis_value, group_size=self.group_size, asym=self.asym,
-                         key_boost=self.key_boost)
+                         key_boost=self.key_boost, asym_value=self.asym_value)
 
 
 def _text_keys(tree: Any) -> Any:
