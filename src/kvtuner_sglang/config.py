@@ -6,7 +6,7 @@ every other module takes these frozen dataclasses.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,8 @@ from kvtuner_sglang.kernel_bench.config import KernelsConfig
 from kvtuner_sglang.plugin.attention_choice import Attention
 from kvtuner_sglang.plugin.options import KvtunerOptions
 from kvtuner_sglang.quality.config import QualityConfig
-from kvtuner_sglang.quant import KVFormat
+from kvtuner_sglang.quant import KVFormat, LayerFormat, ModelIdentity, PlanFile, load_plan, page_tokens, uniform_plan
+from kvtuner_sglang.quant.plan_file import absolute, naming, plan_path
 from kvtuner_sglang.speed.config import SpeedConfig
 from kvtuner_sglang.tuner.config import TuneConfig
 
@@ -43,12 +44,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class QuantConfig:
-    """How keys and values are stored; `enabled=False` is the model's own precision (bf16, fp16 or fp32)."""
+    """How keys and values are stored; `enabled=False` is the model's own precision (bf16, fp16 or fp32).
+
+    plan_path: a per-layer file instead of bits; plan_file: what is in it, read when the configuration is, so that a run
+    keeps it and its name depends on it.
+    """
 
     name: str
     enabled: bool
-    nbits_key: Literal[16, 8, 4, 2]
-    nbits_value: Literal[16, 8, 4, 2]
+    nbits_key: Literal[16, 8, 4, 2] | None
+    nbits_value: Literal[16, 8, 4, 2] | None
     axis_key: Literal[0, 1]
     axis_value: Literal[0, 1]
     group_size: PositiveInt | None
@@ -56,25 +61,49 @@ class QuantConfig:
     key_boost: bool | None
     page_size: PositiveInt | None
     kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"  # SGLang's own, without quantization
+    plan_path: str | None = None
+    plan_file: PlanFile | None = None
+
+    def with_plan_read(self) -> "QuantConfig":
+        """The same with what is in the file at plan_path, and its name; raises ConfigError if it is no plan."""
+        if self.plan_path is None or self.plan_file is not None:
+            return self
+        others = LayerFormat(4, 4, self.axis_key, self.axis_value, self.group_size, self.asym, self.key_boost)
+        return replace(self, name=f"{self.name}_{plan_path(self.plan_path).stem}",
+                       plan_file=load_plan(self.plan_path, others))
 
     def options(self) -> KvtunerOptions:
         """What the plugin is asked for in a server of this format."""
         if not self.enabled:
             return KvtunerOptions()
+        bits: dict[str, Any] = {"kvtuner_nbits_key": self.nbits_key, "kvtuner_nbits_value": self.nbits_value}
+        if self.plan_path is not None:
+            bits = {"kvtuner_layer_config_file": absolute(self.plan_path)}
         return KvtunerOptions(
-            enable_kvtuner_quant=True, kvtuner_nbits_key=self.nbits_key, kvtuner_nbits_value=self.nbits_value,
-            kvtuner_axis_key=self.axis_key, kvtuner_axis_value=self.axis_value, kvtuner_asym=self.asym,
-            kvtuner_q_group_size=self.group_size, kvtuner_key_boost=self.key_boost,
+            enable_kvtuner_quant=True, **bits, kvtuner_axis_key=self.axis_key, kvtuner_axis_value=self.axis_value,
+            kvtuner_asym=self.asym, kvtuner_q_group_size=self.group_size, kvtuner_key_boost=self.key_boost,
         )
 
     @property
     def page_tokens(self) -> int:
         """Tokens of a page as served: of keys per channel they share a scale and zero."""
-        return self.kv_format().page_tokens(self.page_size)
+        return page_tokens(self.any_formats(), self.page_size)
 
-    def kv_format(self) -> KVFormat:
-        """The format of every layer; 16-bit keys and values when disabled."""
-        return self.options().kv_format()
+    def plan(self, layers: int, model: ModelIdentity | None = None) -> tuple[KVFormat, ...]:
+        """The format of each of `layers` layers, 16 bits when disabled; raises ConfigError if it is not for `model`."""
+        if self.plan_file is not None:
+            with naming(self.plan_path):
+                return self.plan_file.formats(model, layers)
+        return uniform_plan(self.any_formats()[0], layers)
+
+    def any_formats(self) -> tuple[KVFormat, ...]:
+        """The formats that layers may have, before the model is known."""
+        return self.plan_file.any_formats() if self.plan_file is not None else self.options().any_formats()
+
+    def require_fits(self, model: ModelIdentity) -> None:
+        """Raise ConfigError if this model cannot be stored so, or is not the one the plan is for."""
+        for fmt in self.plan(model.layers, model):
+            fmt.check(model.head_dim)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -149,6 +178,13 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PlanConfig:
+    """Where quant=plan finds its per-layer file; other formats do not look at it."""
+
+    path: str | None
+
+
+@dataclass(frozen=True, config=STRICT)
 class ReportConfig:
     language: Literal["en"]
 
@@ -168,6 +204,7 @@ class RunConfig:
     speed: SpeedConfig
     tune: TuneConfig
     tracking: TrackingConfig
+    plan: PlanConfig
     report: ReportConfig
     seed: int
     force: bool
@@ -186,8 +223,10 @@ class RunConfig:
             kept["device"] = self.server.device
         else:
             other_tasks = {"workload", "quality", "kernels", "speed", "tune"} - {LOADS.get(self.task, "workload")}
-            left_out = ("force", "runs_dir", "tracking", "report", *other_tasks)
+            left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
+            kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
+                             if k != "plan_path" and (k != "plan_file" or v is not None)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -214,6 +253,7 @@ def parse(tree: dict[str, Any]) -> RunConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where}={first.get('input')!r} cannot be used: {_reason(first)}.") from error
+    config = replace(config, quant=config.quant.with_plan_read())
     check(config)
     return config
 
@@ -237,9 +277,8 @@ def check(config: RunConfig) -> None:
     for name, values in (("hosts", dist.hosts), ("http_ports", dist.http_ports)):
         if len(values) != dist.nnodes:
             raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
-    if quant.enabled and quant.nbits_key == 16 and quant.nbits_value == 16:
-        raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
     if quant.enabled:
+        _check_bits(quant)
         if config.quality.probe_tokens < 2 * quant.page_tokens:
             raise ConfigError(f"quality.probe_tokens={config.quality.probe_tokens} reads too little as stored with "
                               f"pages of {quant.page_tokens}: give {4 * quant.page_tokens} or more.")
@@ -254,7 +293,6 @@ def check(config: RunConfig) -> None:
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
     _check_speed(config)
-    _check_tune(config.tune)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
@@ -264,15 +302,14 @@ def check(config: RunConfig) -> None:
         )
 
 
-def _check_tune(tune: TuneConfig) -> None:
-    """Windows must be whole and reach behind the first page, or nothing is read as stored."""
-    if tune.calibration_tokens % tune.calibration_window or tune.calibration_window < 2 * tune.page_size:
-        raise ConfigError(f"tune.calibration_window={tune.calibration_window} does not fit: give at least two pages of "
-                          f"{tune.page_size}, and tune.calibration_tokens={tune.calibration_tokens} in whole windows.")
-    for word in (*(key for key in tune.keys if key[1:] == "b" and key != "4b"),
-                 *(value for value in tune.values if value[1:] == "b")):
-        raise ConfigError(f"tune has the format {word!r}, but only keys of 4 bits can be boosted: write '4b' among "
-                          "tune.keys.")
+def _check_bits(quant: QuantConfig) -> None:
+    if quant.plan_path is None and (quant.nbits_key is None or quant.nbits_value is None):
+        raise ConfigError(f"quant={quant.name} does not say how many bits: give plan.path=FILE or "
+                          "plan.path=preset:NAME.")
+    if quant.plan_path is not None and not (quant.nbits_key is None and quant.nbits_value is None):
+        raise ConfigError("plan.path says the bits of every layer: leave quant.nbits_key and quant.nbits_value out.")
+    if not any(fmt.quantized for fmt in quant.any_formats()):
+        raise ConfigError("16-bit keys and values are not quantized: use quant=bf16 instead.")
 
 
 def _check_speed(config: RunConfig) -> None:

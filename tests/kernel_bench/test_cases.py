@@ -30,7 +30,7 @@ def kernels(*words: str):
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_formats_are_those_of_conf(name):
-    assert FORMATS[name] == command_line.load([f"quant={name}"], CONF).quant.kv_format()
+    assert FORMATS[name] == command_line.load([f"quant={name}"], CONF).quant.plan(1)[0]
 
 
 def test_names_that_may_be_configured_are_those_there_are():

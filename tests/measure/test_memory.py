@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from kvtuner_sglang.config import RunConfig, parse
 from kvtuner_sglang.measure.memory import device_memory, kv_record, parse_nvidia_smi
-from kvtuner_sglang.quant import KVShape, format_hash, uniform_plan
+from kvtuner_sglang.quant import KVShape, describe_plan, format_hash
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -25,7 +25,7 @@ def config_of(quant: str) -> RunConfig:
 def state_of(config: RunConfig, tokens: int, dtype: str = "float32", kv_gib: float | None = 0.25) -> dict[str, Any]:
     """Two pipeline stages of 15 layers with 3 kv heads of 64, as SmolLM2 has them, page size 1."""
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    plan = uniform_plan(config.quant.kv_format(), 15)
+    plan = config.quant.plan(15)
     bytes_per_token = KVShape(3, 64, itemsize, 1).bytes_per_token(plan)
     ranks = [
         {"rank": rank, "tp_rank": 0, "pp_rank": rank, "node_rank": rank, "pid": os.getpid(),
@@ -34,7 +34,7 @@ def state_of(config: RunConfig, tokens: int, dtype: str = "float32", kv_gib: flo
          "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token), "tail_bytes": 0}
         for rank in range(2)
     ]
-    return {"format": config.quant.kv_format().describe(), "enabled": config.quant.enabled,
+    return {"format": describe_plan(plan), "enabled": config.quant.enabled,
             "plan_hash": format_hash(plan), "page_size": 1, "kv_gib": kv_gib, "max_total_num_tokens": tokens,
             "effective_bits": 4.5, "package_version": "0.1.0", "sglang_version": "0.5.17", "ranks": ranks}
 

@@ -1,5 +1,6 @@
 """A small world around the real pool and the real backend: request slots, a page table, batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -11,22 +12,32 @@ from kvtuner_sglang.plugin.reference_backend import ReferenceBackend
 from kvtuner_sglang.quant import KVFormat
 
 KV_HEADS, Q_HEADS, HEAD_DIM = 2, 4, 64
-LAYER = SimpleNamespace(
-    layer_id=0,
-    tp_q_head_num=Q_HEADS,
-    qk_head_dim=HEAD_DIM,
-    scaling=HEAD_DIM**-0.5,
-    is_cross_attention=False,
-    sliding_window_size=-1,
-    logit_cap=0.0,
-)
+
+
+def layer_numbered(layer_id: int) -> SimpleNamespace:
+    """What SGLang hands the backend with the queries of a layer."""
+    return SimpleNamespace(
+        layer_id=layer_id,
+        tp_q_head_num=Q_HEADS,
+        qk_head_dim=HEAD_DIM,
+        scaling=HEAD_DIM**-0.5,
+        is_cross_attention=False,
+        sliding_window_size=-1,
+        logit_cap=0.0,
+    )
+
+
+LAYER = layer_numbered(0)
 
 
 @dataclass
 class World:
-    """One layer of one rank. `table[slot, position]` is the token's location, page * page_size + offset."""
+    """The layers of one rank; `fmt`: of the only one, or of each.
 
-    fmt: KVFormat
+    `table[slot, position]` is the token's location, page * page_size + offset.
+    """
+
+    fmt: KVFormat | Sequence[KVFormat]
     page_size: int
     pages: int = 64
     slots: int = 6
@@ -38,6 +49,7 @@ class World:
     free_pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.plan = [self.fmt] if isinstance(self.fmt, KVFormat) else list(self.fmt)
         size = (self.pages - 1) * self.page_size
         self.pool = PackedKVPool(
             size,
@@ -45,10 +57,10 @@ class World:
             dtype=self.dtype,
             head_num=KV_HEADS,
             head_dim=HEAD_DIM,
-            layer_num=1,
+            layer_num=len(self.plan),
             device=self.device,
             enable_memory_saver=False,
-            plan=[self.fmt],
+            plan=self.plan,
             fragments=self.fragments,
         )
         self.table = torch.zeros(self.slots, self.max_tokens, dtype=torch.int32, device=self.device)
@@ -80,7 +92,23 @@ class World:
         *,
         decode: bool = False,
     ) -> torch.Tensor:
-        """One layer of one batch; spans are (slot, start, end), already placed; q, k, v: (tokens, heads, head_dim)."""
+        """The only layer of one batch: see forward_layers."""
+        (out,) = self.forward_layers(spans, q, k, v, decode=decode)
+        return out
+
+    def forward_layers(
+        self,
+        spans: list[tuple[int, int, int]],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        decode: bool = False,
+    ) -> list[torch.Tensor]:
+        """All layers of one batch, all given the same q, k, v: (tokens, heads, head_dim).
+
+        Spans are (slot, start, end), already placed.
+        """
         mode = SimpleNamespace(is_decode_or_idle=lambda: decode)
         locations = torch.cat([self.table[slot, start:end].long() for slot, start, end in spans])
         batch = SimpleNamespace(
@@ -95,8 +123,12 @@ class World:
         )
         self.backend.init_forward_metadata(batch)
         forward = self.backend.forward_decode if decode else self.backend.forward_extend
-        out = forward(q.flatten(1), k.flatten(1), v.flatten(1), LAYER, batch)
-        return out.view(-1, Q_HEADS, HEAD_DIM)
+        return [
+            forward(q.flatten(1), k.flatten(1), v.flatten(1), layer_numbered(number), batch).view(
+                -1, Q_HEADS, HEAD_DIM
+            )
+            for number in range(len(self.plan))
+        ]
 
 
 def attention_by_hand(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

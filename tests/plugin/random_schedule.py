@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ class Request:
 class Scheduler:
     """SGLang's bookkeeping in a few lines: slots, pages with reference counts, a prefix cache of whole pages."""
 
-    def __init__(self, fmt: KVFormat, seed: int, page: int = 8, *, padded: bool = False, **world: Any) -> None:
+    def __init__(self, fmt: KVFormat | Sequence[KVFormat], seed: int, page: int = 8, *, padded: bool = False,
+                 **world: Any) -> None:
         """padded: decode batches end with a request of slot 0 and length 1, as a CUDA graph's do."""
         self.random, self.page, self.padded = random.Random(seed), page, padded
         self.unit = page // 8  # lengths grow with the page
@@ -112,24 +114,31 @@ class Scheduler:
         decode = all(end - start == 1 for _, start, end in spans)
         if decode and self.padded:
             placed, ids = [*placed, (0, 0, 1)], torch.cat([ids, ids[:1]])
-        out = self.world.forward(placed, *(x[ids].to(self.world.device) for x in (self.q, self.k, self.v)),
-                                 decode=decode).cpu()
+        outs = self.world.forward_layers(placed, *(x[ids].to(self.world.device) for x in (self.q, self.k, self.v)),
+                                         decode=decode)
         row = 0
         for request, start, end in spans:
             self.seen["mid-page start"] += start % self.page != 0
             self.seen["page completed"] += end // self.page > start // self.page
             position = self.random.randrange(start, end)
-            expected = self.expected(request.tokens, position)
-            assert torch.allclose(out[row + position - start], expected, atol=2e-5), (request, start, end, position)
+            for fmt, out in zip(self.world.plan, outs, strict=True):
+                found, expected = out[row + position - start].cpu(), self.expected(fmt, request.tokens, position)
+                assert torch.allclose(found, expected, atol=2e-5), (fmt, request, start, end, position)
             row += end - start
             request.done = end
 
-    def expected(self, tokens: list[int], position: int) -> torch.Tensor:
-        """What the query at `position` must see, from the tokens alone: earlier pages as stored, its own in full."""
+    def expected(self, fmt: KVFormat, tokens: list[int], position: int) -> torch.Tensor:
+        """What the query at `position` must see in a layer of this format, from the tokens alone.
+
+        Keys per channel: earlier pages as stored, its own in full precision; per token: everything as stored.
+        """
         ids = torch.tensor(tokens[: position + 1])
-        own = position // self.page * self.page
         key, value = self.k[ids].clone(), self.v[ids].clone()
-        fmt, repeated = self.world.fmt, Q_HEADS // KV_HEADS
+        repeated = Q_HEADS // KV_HEADS
+        if not fmt.key.per_channel:
+            key, value = (x if not tensor.quantized else reference.decode(tensor, *reference.encode(tensor, x))
+                          for x, tensor in ((key, fmt.key), (value, fmt.value)))
+        own = position // self.page * self.page if fmt.key.per_channel else 0
         for first in range(0, own, self.page):
             page = slice(first, first + self.page)
             last = self.q[tokens[first + self.page - 1]]
@@ -137,7 +146,9 @@ class Scheduler:
                                   for head in range(KV_HEADS)])
             for x, tensor in ((key, fmt.key), (value, fmt.value)):
                 whole = x[page].transpose(0, 1)
-                x[page] = reference.decode(tensor, *reference.encode(tensor, whole, weight)).transpose(0, 1)
+                if tensor.quantized:
+                    whole = reference.decode(tensor, *reference.encode(tensor, whole, weight))
+                x[page] = whole.transpose(0, 1)
         scores = (
             torch.einsum("hd,thd->ht", self.q[tokens[position]], key.repeat_interleave(repeated, 1)) * HEAD_DIM**-0.5
         )

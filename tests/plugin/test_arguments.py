@@ -34,7 +34,7 @@ def refusal(model: str, *words: str) -> str:
 def test_quantization_brings_its_own_backend_and_page(llama):
     args = start(llama, *QUANTIZED)
     assert (args.attention_backend, args.page_size, args.max_running_requests) == ("kvtuner", 64, 8)
-    assert options_of(args).kv_format().key.per_channel
+    assert options_of(args).plan(1)[0].key.per_channel
     assert start(llama, *QUANTIZED, "--page-size", "128").page_size == 128
     assert start(llama, *QUANTIZED, "--max-running-requests", "3").max_running_requests == 3
     token = start(llama, *QUANTIZED, "--kvtuner-axis-key", "0")
@@ -110,3 +110,43 @@ def test_engine_keywords_take_the_same_path(llama):
         ServerArgs(model_path=llama, device="cpu", enable_kvtuner_quant=True, enable_hierarchical_cache=True)
     with pytest.raises(ConfigError, match="not a kvtuner option"):
         ServerArgs(model_path=llama, device="cpu", enable_kvtuner_quant=True, kvtuner_bits=4)
+
+
+IDENTITY = "model: {architecture: LlamaForCausalLM, layers: 2, kv_heads: 2, head_dim: 32}\n"
+TOKEN8, CHANNEL4 = "{nbits_key: 8, nbits_value: 8, axis_key: 0}", "{nbits_key: 4, nbits_value: 4, key_boost: false}"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Writes a plan and gives the flags that ask for it."""
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "plan.yaml").write_text(text)
+        return ["--enable-kvtuner-quant", "--kvtuner-layer-config-file", str(tmp_path / "plan.yaml")]
+
+    return write
+
+
+def test_all_layers_of_a_plan_share_one_page(llama, plan):
+    assert start(llama, *plan(f"{IDENTITY}layers: {{0: {TOKEN8}, 1: {CHANNEL4}}}")).page_size == 64
+    assert start(llama, *plan(f"{IDENTITY}layers: {{0-1: {TOKEN8}}}")).page_size == 1
+    mixed = plan(f"{IDENTITY}layers: {{0: {TOKEN8}, 1: {CHANNEL4}}}")
+    assert start(llama, *mixed, "--page-size", "128").page_size == 128
+    assert "choose 64 or 128" in refusal(llama, *mixed, "--page-size", "1")
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    (f"{IDENTITY}layers: {{0: {TOKEN8}}}", ("layer 1", "give the plan a default")),
+    (f"{IDENTITY}layers: {{0-2: {TOKEN8}}}", ("layer 2", "layers 0 to 1")),
+    (f"{IDENTITY}layers: {{0-1: {TOKEN8}, 1: {CHANNEL4}}}", ("layer 1 two formats",)),
+    (f"{IDENTITY}layers: {{0-1: {{nbits_key: 3, nbits_value: 8}}}}", ("nbits_key=3", "16, 8, 4 or 2")),
+    (f"{IDENTITY.replace('layers: 2', 'layers: 3')}default: {TOKEN8}\nlayers: {{}}", ("layers 3", "has layers 2")),
+    (f"{IDENTITY.replace('Llama', 'Qwen2')}default: {TOKEN8}\nlayers: {{}}", ("architecture Qwen2ForCausalLM",)),
+    (f"{IDENTITY.replace('kv_heads: 2', 'kv_heads: 4')}default: {TOKEN8}\nlayers: {{}}", ("kv_heads 4",)),
+    ('{"layer_bits": {"0": 8}}', ("layer 1",)),
+    ('{"layer_bits": {"0-2": 8}}', ("layer 2",)),
+])
+def test_a_plan_that_does_not_fit_stops_the_start(llama, plan, text, parts):
+    sentence = refusal(llama, *plan(text))
+    assert all(part in sentence for part in parts), sentence
+    assert "plan.yaml" in sentence

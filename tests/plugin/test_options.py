@@ -1,6 +1,8 @@
 """The flags as users type them, and what they become."""
 
 import argparse
+import pickle
+from pathlib import Path
 
 import pytest
 
@@ -25,14 +27,15 @@ def parse(*words: str) -> KvtunerOptions:
 def test_the_seeds_own_flags():
     options = parse("--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4")
     assert options.enabled
-    assert (options.kv_format().key.bits, options.kv_format().value.bits) == (4, 4)
+    (fmt,) = options.plan(1)
+    assert (fmt.key.bits, fmt.value.bits) == (4, 4)
     assert not parse("--enable-kvtuner-quant=False").enabled
     assert parse("--enable-kvtuner-quant=True").enabled
     assert not parse().enabled
 
 
 def test_keys_and_values_apart():
-    fmt = parse(
+    (fmt,) = parse(
         "--enable-kvtuner-quant",
         "--kvtuner-nbits-key",
         "8",
@@ -42,7 +45,7 @@ def test_keys_and_values_apart():
         "32",
         "--kvtuner-asym",
         "False",
-    ).kv_format()
+    ).plan(1)
     assert (fmt.key.bits, fmt.value.bits, fmt.key.group_size, fmt.key.symmetric) == (8, 2, 32, True)
 
 
@@ -101,6 +104,7 @@ def test_pop_leaves_sglangs_own_keywords():
             kvtuner_logits_dir="x",
             kvtuner_heartbeat_dir="y",
         ),
+        KvtunerOptions(enable_kvtuner_quant=True, kvtuner_layer_config_file="preset:llama_3_1_8b_kivi_3_25"),
     ],
 )
 def test_flags_give_the_same_options_back(options):
@@ -126,6 +130,50 @@ def test_kernels_on_a_cpu_are_refused():
 ])
 def test_what_the_kernels_cannot_read_is_refused(fmt, head_dim, match):
     with pytest.raises(ConfigError, match=match) as refused:
-        refuse_without_kernels(fmt, head_dim)
+        refuse_without_kernels([fmt], head_dim)
     assert "--kvtuner-attention reference" in str(refused.value)
-    refuse_without_kernels(KVFormat(TensorFormat(4), TensorFormat(4, group_size=32)), 64)
+    readable = KVFormat(TensorFormat(4), TensorFormat(4, group_size=32))
+    refuse_without_kernels([readable], 64)
+    if head_dim == 64:
+        with pytest.raises(ConfigError, match="layer 1"):
+            refuse_without_kernels([readable, fmt], head_dim)
+
+
+def planned(**flags: object) -> KvtunerOptions:
+    return KvtunerOptions(enable_kvtuner_quant=True, **flags)
+
+
+@pytest.fixture
+def older_form(tmp_path):
+    path = tmp_path / "layers.json"
+    path.write_text('{"layer_bits": {"0": 8, "2-3": 2}, "default_bits": 4}')
+    return str(path)
+
+
+def test_the_older_json_form_takes_all_but_bits_from_the_flags(older_form):
+    options = parse("--enable-kvtuner-quant", "--kvtuner-layer-config-file", older_form, "--kvtuner-axis-key", "0",
+                    "--kvtuner-q-group-size", "32")
+    plan = options.plan(5)
+    assert [fmt.key.bits for fmt in plan] == [fmt.value.bits for fmt in plan] == [8, 4, 2, 2, 4]
+    assert {(fmt.key.axis, fmt.key.group_size) for fmt in plan} == {(0, 32)}
+    assert options.page_tokens(None) == 1
+    per_channel = planned(kvtuner_layer_config_file=older_form)
+    assert per_channel.page_tokens(None) == 64
+    assert [fmt.key.boosted for fmt in per_channel.plan(5)] == [False, True, False, False, True]
+
+
+def test_a_plan_travels_with_the_options_and_is_read_once(older_form):
+    options = pickle.loads(pickle.dumps(planned(kvtuner_layer_config_file=older_form)))
+    Path(older_form).unlink()
+    assert [fmt.key.bits for fmt in options.plan(4)] == [8, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("flags", "match"), [
+    ({"kvtuner_nbits_key": 8}, "leave --kvtuner-nbits-key"),
+    ({"enable_kvtuner_quant": False}, "quantization is off"),
+    ({"kvtuner_layer_config_file": "/no/plan.yaml"}, "cannot be read"),
+    ({"kvtuner_layer_config_file": "preset:qwen2_5_7b_kivi_3_18", "kvtuner_axis_key": 0}, "leave --kvtuner-axis-key"),
+])
+def test_what_does_not_go_with_a_plan_is_refused(older_form, flags, match):
+    with pytest.raises(ConfigError, match=match):
+        KvtunerOptions(**{"enable_kvtuner_quant": True, "kvtuner_layer_config_file": older_form, **flags})

@@ -9,9 +9,18 @@ from random_schedule import Scheduler, run_schedule
 
 from kvtuner_sglang.quant import KVFormat, TensorFormat
 
+BOOSTED = KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True))
 FORMATS = [
-    KVFormat(TensorFormat(4, axis=1, boosted=True), TensorFormat(4, symmetric=True)),
+    BOOSTED,
     KVFormat(TensorFormat(2, axis=1), TensorFormat(8)),
+]
+# Layers that share pages and nothing else: keys per channel and per token, 8 to 2 bits, 16 for one or for both.
+MIXED = [
+    KVFormat(TensorFormat(8), TensorFormat(4)),
+    BOOSTED,
+    KVFormat(TensorFormat(16), TensorFormat(16)),
+    KVFormat(TensorFormat(2, axis=1), TensorFormat(16)),
+    KVFormat(TensorFormat(16), TensorFormat(2, group_size=32)),
 ]
 
 
@@ -26,3 +35,8 @@ FORMATS = [
 )
 def test_random_schedules_never_show_a_wrong_token(fmt, steps):
     run_schedule(Scheduler(fmt, seed=FORMATS.index(fmt)), steps)
+
+
+@pytest.mark.parametrize("steps", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_layer_of_a_mixed_plan_has_its_own_format(steps):
+    run_schedule(Scheduler(MIXED, seed=5), steps)

@@ -100,7 +100,7 @@ def test_the_independent_path_agrees(engines, noise_floor):
     """Other kernels and another order of sums: within twice the noise floor, and the same KL to a tenth."""
     model = transformers_path.load_model(engines.model_path, torch.float32, "cpu")
     window = engines.window[:PATH_TOKENS]
-    fmt = command_line.load(["quant=kv4"], CONF).quant.kv_format()
+    fmt = command_line.load(["quant=kv4"], CONF).quant.plan(1)[0]
     full = transformers_path.logits(model, window).numpy()
     with transformers_path.quantized([recipe_of(fmt, PAGE)] * model.config.num_hidden_layers):
         ours = transformers_path.logits(model, window).numpy()

@@ -19,7 +19,7 @@ from kvtuner_sglang.evidence.record import (
     SamplesFile,
 )
 from kvtuner_sglang.measure.memory import kv_record
-from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.quant import KVShape, describe_plan
 
 CONF = Path(__file__).parents[2] / "conf"
 CHECKPOINT = SimpleNamespace(
@@ -33,7 +33,7 @@ def state_of(config: RunConfig, host: str) -> dict[str, Any]:
     """What /server_info says of the ranks of `config`, with as many tokens as the formula gives the budget."""
     dist, ranks = config.dist, []
     layers = 30 // dist.pp
-    plan = uniform_plan(config.quant.kv_format(), layers)
+    plan = config.quant.plan(layers)
     bytes_per_token = KVShape(3, 64, 4, 1).bytes_per_token(plan)
     tokens = int(BUDGET // bytes_per_token)
     for rank in range(dist.ranks):
@@ -45,7 +45,7 @@ def state_of(config: RunConfig, host: str) -> dict[str, Any]:
             "layers": [pp_rank * layers, (pp_rank + 1) * layers], "kv_heads": 3, "head_dim": 64, "dtype": "float32",
             "page_size": 1, "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token), "tail_bytes": 0,
         })
-    return {"format": config.quant.kv_format().describe(), "enabled": config.quant.enabled, "page_size": 1,
+    return {"format": describe_plan(plan), "enabled": config.quant.enabled, "page_size": 1,
             "plan_hash": "0123456789ab", "kv_gib": 0.25, "max_total_num_tokens": tokens, "effective_bits": 4.5,
             "package_version": "0.1.0", "sglang_version": "0.5.17", "ranks": ranks}
 

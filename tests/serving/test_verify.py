@@ -9,7 +9,7 @@ import pytest
 import kvtuner_sglang
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import RunFailed
-from kvtuner_sglang.quant import KVShape, format_hash, uniform_plan
+from kvtuner_sglang.quant import KVShape, format_hash
 from kvtuner_sglang.serving.verify import GIB, verify_server
 
 LAYERS = 30
@@ -17,7 +17,7 @@ LAYERS = 30
 
 def truth(config: RunConfig) -> dict[str, Any]:
     """What an honest server of `config` shows for SmolLM2's shape, fp32."""
-    dist, plan = config.dist, uniform_plan(config.quant.kv_format(), LAYERS)
+    dist, plan = config.dist, config.quant.plan(LAYERS)
     ranks = []
     for rank in range(dist.ranks):
         pp_rank, tp_rank = divmod(rank, dist.tp)

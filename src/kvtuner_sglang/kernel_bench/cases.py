@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvtuner_sglang.kernel_bench.config import KernelsConfig
-from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, kv_format
+from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, kv_format, page_tokens
 
 BLOCK = 64  # tokens of a peer's page, and of a page of keys per channel
 ITEMSIZE = 2  # bytes of bf16: queries, outputs, tails
@@ -54,7 +54,7 @@ class Storage:
     @property
     def page(self) -> int:
         """Of keys per channel the format's own, of keys per token 1, of peers BLOCK."""
-        return self.fmt.page_tokens(None) if self.fmt.quantized else BLOCK
+        return page_tokens([self.fmt], None) if self.fmt.quantized else BLOCK
 
     @property
     def key_axis(self) -> str:

@@ -6,14 +6,14 @@ table was that.  Tokens, bytes per token and pool bytes, as every rank of the en
 
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RankRecord
-from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.quant import KVFormat, KVShape
 
 MIB = 2**20
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -23,7 +23,8 @@ NVIDIA_SMI_TIMEOUT_S = 20
 
 def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
     """What the KV pool holds by `state`, the "kvtuner" part of /server_info, beside what the formula of quant/ says."""
-    ranks = tuple(_rank_record(rank, config) for rank in state["ranks"])
+    plan = config.quant.plan(max(rank["layers"][1] for rank in state["ranks"]))
+    ranks = tuple(_rank_record(rank, plan) for rank in state["ranks"])
     budget = round(state["kv_gib"] * 2**30) if state["kv_gib"] is not None else None
     full_tokens = None
     if budget is not None:
@@ -41,18 +42,18 @@ def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
     )
 
 
-def _rank_record(rank: Mapping[str, Any], config: RunConfig) -> RankRecord:
+def _rank_record(rank: Mapping[str, Any], plan: Sequence[KVFormat]) -> RankRecord:
     """Bytes per token by formula and as allocated: the pool holds one page more than it offers, for padding."""
     shape = KVShape(rank["kv_heads"], rank["head_dim"], ITEMSIZE[rank["dtype"]], rank["page_size"])
-    layers = rank["layers"][1] - rank["layers"][0]
+    first, last = rank["layers"]
     kept = ("rank", "tp_rank", "pp_rank", "node_rank", "host", "pid", "device", "pool_class", "attention", "kv_heads",
             "tokens", "pool_bytes", "tail_bytes")
     return RankRecord(
         **{name: rank[name] for name in kept},
-        layers=(rank["layers"][0], rank["layers"][1]),
-        bytes_per_token_formula=shape.bytes_per_token(uniform_plan(config.quant.kv_format(), layers)),
+        layers=(first, last),
+        bytes_per_token_formula=shape.bytes_per_token(plan[first:last]),
         bytes_per_token_allocated=rank["pool_bytes"] / (rank["tokens"] + rank["page_size"]),
-        bytes_per_token_full=layers * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
+        bytes_per_token_full=(last - first) * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from kvtuner_sglang.errors import ConfigError, UserError
 from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_without_kernels
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
+from kvtuner_sglang.quant import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,8 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
         raise ConfigError(f"--attention-backend {kwargs['attention_backend']} cannot read packed pages: leave it out, "
                           "so that kvtuner's own backend is used.")
     on_cpu = kwargs.get("device") == "cpu" or not torch.cuda.is_available()
-    fmt = options.kv_format()
-    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": fmt.page_tokens(kwargs.get("page_size"))}
-    if fmt.key.per_channel and kwargs.get("max_running_requests") is None:
+    changes: dict[str, Any] = {"attention_backend": BACKEND, "page_size": options.page_tokens(kwargs.get("page_size"))}
+    if any(fmt.key.per_channel for fmt in options.any_formats()) and kwargs.get("max_running_requests") is None:
         requests = CPU_MAX_RUNNING_REQUESTS if on_cpu else CUDA_MAX_RUNNING_REQUESTS
         logger.warning("kvtuner: --max-running-requests is not set; each running request keeps a page in full "
                        "precision, so it is limited to %d.", requests)
@@ -117,9 +117,13 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(f"architecture {architectures[0]} is not covered by a test with quantized keys and values: "
                           f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}, or --enable-kvtuner-quant=False.")
-    options.kv_format().check(config.head_dim)
+    layers = config.num_hidden_layers
+    model = ModelIdentity(architectures[0], layers, config.get_total_num_kv_heads(), config.head_dim)
+    plan = options.plan(layers, model)
+    for fmt in plan:
+        fmt.check(config.head_dim)
     if choose_attention(options.kvtuner_attention, server_args.device == "cpu") == "fused":
-        refuse_without_kernels(options.kv_format(), config.head_dim)
+        refuse_without_kernels(plan, config.head_dim)
     heads = config.num_attention_heads
     if server_args.device != "cpu" and heads % server_args.tp_size:
         raise ConfigError(f"--tp-size {server_args.tp_size} does not divide the model's {heads} query heads: "

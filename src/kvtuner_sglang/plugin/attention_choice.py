@@ -1,5 +1,6 @@
 """Which attention serves packed pages: the kernels of kvtuner_triton on a GPU, plain torch on a CPU or when asked."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from kvtuner_sglang.errors import ConfigError
@@ -17,14 +18,16 @@ def choose_attention(asked: Attention, on_cpu: bool) -> Literal["fused", "refere
     return "reference" if on_cpu or asked == "reference" else "fused"
 
 
-def refuse_without_kernels(fmt: KVFormat, head_dim: int) -> None:
-    """Raise ConfigError if the kernels cannot read heads of this size in this format."""
+def refuse_without_kernels(plan: Sequence[KVFormat], head_dim: int) -> None:
+    """Raise ConfigError if the kernels cannot read heads of this size in the format of every layer."""
     if head_dim not in HEAD_DIMS:
         raise ConfigError(f"the kernels read heads of {' or '.join(map(str, HEAD_DIMS))} channels, not {head_dim}: "
                           f"{GIVE_REFERENCE}.")
-    if not (fmt.key.quantized and fmt.value.quantized):
-        raise ConfigError("the kernels read keys and values of 8, 4 or 2 bits, not 16 for one of them: "
-                          f"{GIVE_REFERENCE}.")
-    if fmt.key.per_channel and (fmt.value.group_size or head_dim) != head_dim:
-        raise ConfigError("beside keys per channel the kernels read values with one scale a token: leave "
-                          f"--kvtuner-q-group-size out, or {GIVE_REFERENCE}.")
+    for number, fmt in enumerate(plan):
+        where = f" (layer {number})" if len(set(plan)) > 1 else ""
+        if not (fmt.key.quantized and fmt.value.quantized):
+            raise ConfigError("the kernels read keys and values of 8, 4 or 2 bits, not 16 for one of them"
+                              f"{where}: {GIVE_REFERENCE}.")
+        if fmt.key.per_channel and (fmt.value.group_size or head_dim) != head_dim:
+            raise ConfigError(f"beside keys per channel the kernels read values with one scale a token{where}: leave "
+                              f"--kvtuner-q-group-size out, or {GIVE_REFERENCE}.")

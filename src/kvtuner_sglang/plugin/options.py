@@ -7,11 +7,23 @@ Names are those of the earlier KVTuner adapter for SGLang.  The same names, with
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, get_args
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin.attention_choice import Attention
-from kvtuner_sglang.quant import KVFormat, TensorFormat, kv_format, uniform_plan
+from kvtuner_sglang.quant import (
+    KVFormat,
+    LayerFormat,
+    ModelIdentity,
+    PlanFile,
+    TensorFormat,
+    kv_format,
+    load_plan,
+    page_tokens,
+    uniform_plan,
+)
+from kvtuner_sglang.quant.plan_file import naming
 
 KEYWORD_PREFIXES = ("enable_kvtuner_", "kvtuner_")
 
@@ -28,6 +40,7 @@ class KvtunerOptions:
     kvtuner_q_group_size: int | None = None
     kvtuner_asym: bool = True
     kvtuner_key_boost: bool | None = None
+    kvtuner_layer_config_file: str | None = None
     kvtuner_residual_length: int = 0
     kvtuner_kv_gib: float | None = None
     kvtuner_attention: Attention = "auto"
@@ -47,26 +60,57 @@ class KvtunerOptions:
                               f"{', '.join(get_args(Attention))}.")
         if not 0 <= self.kvtuner_kv_noise < 1:
             raise ConfigError(f"--kvtuner-kv-noise {self.kvtuner_kv_noise} is a relative noise: give 0 to below 1.")
-        if self.enabled and not self.kv_format().quantized:
+        if self.kvtuner_layer_config_file is not None:
+            self._check_beside_file()
+        if self.enabled and not any(fmt.quantized for fmt in self.any_formats()):
             raise ConfigError("16-bit keys and values are not quantized: give --enable-kvtuner-quant=False instead.")
 
     @property
     def enabled(self) -> bool:
         return self.enable_kvtuner_quant
 
-    def kv_format(self) -> KVFormat:
-        """The format of every layer; raises ConfigError if it does not exist."""
+    def plan(self, layers: int, model: ModelIdentity | None = None) -> tuple[KVFormat, ...]:
+        """The format of each of the model's layers; raises ConfigError if a per-layer file is not for `model`."""
         if not self.enabled:
-            return KVFormat(TensorFormat(16), TensorFormat(16))
+            return uniform_plan(KVFormat(TensorFormat(16), TensorFormat(16)), layers)
+        if self._file is None:
+            return uniform_plan(self._kv_format(), layers)
+        with naming(self.kvtuner_layer_config_file):
+            return self._file.formats(model, layers)
+
+    def any_formats(self) -> tuple[KVFormat, ...]:
+        """The formats that layers may have, before the model is known; raises ConfigError if one does not exist."""
+        return self.plan(1) if not self.enabled or self._file is None else self._file.any_formats()
+
+    def page_tokens(self, chosen: int | None) -> int:
+        """Tokens of a page of all layers: `--page-size` as chosen, or the default; raises ConfigError."""
+        return page_tokens(self.any_formats(), chosen)
+
+    def _kv_format(self) -> KVFormat:
         return kv_format(
             bits_key=self.kvtuner_nbits_key, bits_value=self.kvtuner_nbits_value, axis_key=self.kvtuner_axis_key,
             axis_value=self.kvtuner_axis_value, group_size=self.kvtuner_q_group_size, asym=self.kvtuner_asym,
             key_boost=self.kvtuner_key_boost,
         )
 
-    def plan(self, layers: int) -> tuple[KVFormat, ...]:
-        """The format of each of the model's layers."""
-        return uniform_plan(self.kv_format(), layers)
+    @cached_property
+    def _file(self) -> PlanFile | None:
+        """Read once, in the launcher: the ranks get what it read."""
+        if self.kvtuner_layer_config_file is None:
+            return None
+        others: dict[str, Any] = {"axis_key": self.kvtuner_axis_key, "axis_value": self.kvtuner_axis_value,
+                                  "group_size": self.kvtuner_q_group_size, "asym": self.kvtuner_asym,
+                                  "key_boost": self.kvtuner_key_boost}
+        return load_plan(self.kvtuner_layer_config_file, LayerFormat(4, 4, **others))
+
+    def _check_beside_file(self) -> None:
+        if not self.enabled:
+            raise ConfigError("--kvtuner-layer-config-file is given but quantization is off: give "
+                              "--enable-kvtuner-quant, too, or leave it out.")
+        if (self.kvtuner_nbits_key, self.kvtuner_nbits_value) != (4, 4):
+            raise ConfigError("--kvtuner-layer-config-file says the bits of every layer: leave --kvtuner-nbits-key and "
+                              "--kvtuner-nbits-value out.")
+        self._kv_format()
 
     @property
     def measurement_only(self) -> dict[str, Any]:
@@ -120,6 +164,10 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
                        help="8 bits for the 1 in 16 channels of a page of asymmetric 4-bit keys that matter most, paid "
                             "for by symmetric values of 4 or 8 bits. Default: True for such keys on axis 1 beside "
                             "such values.")
+    group.add_argument("--kvtuner-layer-config-file", default=None, metavar="FILE",
+                       help="The format of every layer, instead of the flags above: a YAML plan, preset:NAME (python "
+                            "-m kvtuner_sglang.quant.presets lists them), or JSON "
+                            '{"layer_bits": {"0-5": 8}, "default_bits": 4}, for which flags other than bits count.')
     group.add_argument("--kvtuner-residual-length", type=int, default=0,
                        help="Recent tokens in full precision: only 0, the page in progress aside. Default: 0.")
     group.add_argument("--kvtuner-kv-gib", type=float, default=None,
@@ -145,7 +193,8 @@ def flags_of(options: KvtunerOptions) -> Sequence[str]:
     flags = ["--enable-kvtuner-quant" if options.enabled else "--enable-kvtuner-quant=False"]
     for f in fields(KvtunerOptions)[1:]:
         value = getattr(options, f.name)
-        shown_bits = options.enabled and f.name in ("kvtuner_nbits_key", "kvtuner_nbits_value")
+        shown_bits = (options.enabled and options.kvtuner_layer_config_file is None
+                      and f.name in ("kvtuner_nbits_key", "kvtuner_nbits_value"))
         if value != f.default or shown_bits:
             flags += [f"--{f.name.replace('_', '-')}", str(value)]
     return flags

@@ -20,7 +20,7 @@ from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
-from kvtuner_sglang.quant import KVShape, format_hash
+from kvtuner_sglang.quant import KVShape, describe_plan, format_hash
 
 # Ranks may capture graphs or compile kernels for minutes before they report; one that died ends the start anyway.
 REPORT_TIMEOUT_S = 900
@@ -152,7 +152,7 @@ def _summary(scheduler: Any, options: KvtunerOptions, states: list[dict[str, Any
     shared = {name: first[name] for name in SAME_ON_ALL_RANKS if name != "tokens"}
     return {
         **shared,
-        "format": options.kv_format().describe(),
+        "format": describe_plan(plan),
         "effective_bits": shape.effective_bits(plan),
         "max_total_num_tokens": scheduler.max_total_num_tokens,
         "measurement": options.measurement_only,

@@ -11,10 +11,11 @@ counts.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quant.layer_numbers import layer_text
 
 SUPPORTED_BITS = (16, 8, 4, 2)
 PER_TOKEN = 0
@@ -137,15 +138,6 @@ class KVFormat:
     def quantized(self) -> bool:
         return self.key.quantized or self.value.quantized
 
-    def page_tokens(self, chosen: int | None) -> int:
-        """Tokens of a page: `chosen`, or this format's default; raises ConfigError if it cannot have that."""
-        allowed = CHANNEL_PAGE_SIZES if self.key.per_channel else TOKEN_PAGE_SIZES
-        if chosen is not None and chosen not in allowed:
-            how = "per channel" if self.key.per_channel else "per token"
-            raise ConfigError(f"--page-size {chosen} (quant.page_size) does not fit keys stored {how}: leave it out or "
-                              f"choose {' or '.join(map(str, allowed))}.")
-        return chosen or allowed[0]
-
     def check(self, head_dim: int) -> None:
         """Raise ConfigError if a model with heads of this size cannot be stored so."""
         for tensor in (self.key, self.value):
@@ -205,6 +197,35 @@ def kv_format(*, bits_key: int, bits_value: int, axis_key: int, axis_value: int,
 def uniform_plan(fmt: KVFormat, layers: int) -> tuple[KVFormat, ...]:
     """The same format in every layer."""
     return (fmt,) * layers
+
+
+def page_tokens(formats: Iterable[KVFormat], chosen: int | None) -> int:
+    """Tokens of a page of layers in these formats: `chosen`, or the default; raises ConfigError if it does not fit.
+
+    All layers share their pages.  Where one has keys per channel, pages are what those need: layers stored per token
+    keep their bytes and what a query sees, and share prefixes in larger steps.
+    """
+    per_channel = any(fmt.key.per_channel for fmt in formats)
+    allowed = CHANNEL_PAGE_SIZES if per_channel else TOKEN_PAGE_SIZES
+    if chosen is not None and chosen not in allowed:
+        raise ConfigError(f"--page-size {chosen} (quant.page_size) does not fit keys stored "
+                          f"{'per channel' if per_channel else 'per token'}: leave it out or choose "
+                          f"{' or '.join(map(str, allowed))}.")
+    return chosen or allowed[0]
+
+
+def mean_bits(plan: Sequence[KVFormat]) -> float:
+    """Mean bits of a code over keys and values of all layers, as papers count them: without metadata."""
+    return sum(fmt.key.bits + fmt.value.bits for fmt in plan) / (2 * len(plan))
+
+
+def describe_plan(plan: Sequence[KVFormat]) -> str:
+    """The formats in words; with which layers have which, if they differ."""
+    formats = list(dict.fromkeys(plan))
+    if len(formats) == 1:
+        return formats[0].describe()
+    layers = (layer_text([i for i, other in enumerate(plan) if other == fmt]) for fmt in formats)
+    return " | ".join(f"layers {text}: {fmt.describe()}" for text, fmt in zip(layers, formats, strict=True))
 
 
 def format_hash(plan: Sequence[KVFormat]) -> str:

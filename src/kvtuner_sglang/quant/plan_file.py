@@ -12,7 +12,8 @@ form {"layer_bits": {"0-5": 8, "6-20": 4}, "default_bits": 4}, which names no mo
 everything else is what the flags say.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,12 +25,12 @@ from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant.format import KVFormat, kv_format
+from kvtuner_sglang.quant.layer_numbers import layer_numbers, layer_text
 
 STRICT = ConfigDict(extra="forbid")
 PRESET = "preset:"
 PRESETS = Path(__file__).parent / "presets"
 OLDER_FORM = ("layer_bits", "default_bits")
-MAX_LAYERS = 10_000
 PositiveInt = Annotated[int, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(str)]  # YAML takes a date or a commit of digits for something else
 Bits = Literal[16, 8, 4, 2]
@@ -66,7 +67,7 @@ class LayerFormat:
     nbits_key: Bits
     nbits_value: Bits
     axis_key: Literal[0, 1] = 1
-    axis_value: Literal[0] = 0
+    axis_value: Literal[0, 1] = 0
     group_size: PositiveInt | None = None
     asym: bool = True
     key_boost: bool | None = None
@@ -148,32 +149,6 @@ def _require_same_model(planned: ModelIdentity, served: ModelIdentity) -> None:
                               f"has {name} {found}: choose a plan made for this model.")
 
 
-def layer_numbers(text: str) -> list[int]:
-    """[0, 3, 4, 5] of "0,3-5"; raises ConfigError if it is not so written."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = (word.strip() for word in part.partition("-"))
-        if not (first.isdecimal() and (last.isdecimal() if dash else not last)):
-            raise ConfigError(f"the plan's layers {text!r} are not numbers: write 0, 3-5 or 0,3-5.")
-        if dash and int(last) < int(first):
-            raise ConfigError(f"the plan's layers {part.strip()!r} end before they begin: write {last}-{first}.")
-        if int(last or first) >= MAX_LAYERS:
-            raise ConfigError(f"the plan names layer {last or first}, which no model has: write numbers from 0.")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
-
-
-def layer_text(numbers: Sequence[int]) -> str:
-    """ "0,3-5" of [0, 3, 4, 5], which ascend."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def plan_file(choices: Sequence[LayerFormat], model: ModelIdentity, provenance: Provenance) -> PlanFile:
     """The plan that gives layer i of `model` choices[i]: every layer is listed, equal ones together."""
     if len(choices) != model.layers:
@@ -213,12 +188,19 @@ def load_plan(path: Path | str, others: LayerFormat | None = None) -> PlanFile:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"the plan {path} is not YAML or JSON ({reason}): mend it.") from error
-    try:
+    with naming(path):
         plan = _parsed(tree, others)
         plan.any_formats()
+    return plan
+
+
+@contextlib.contextmanager
+def naming(path: Path | str | None) -> Iterator[None]:
+    """A ConfigError about the plan at `path` begins with that."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return plan
 
 
 def plan_path(path: Path | str) -> Path:
@@ -232,6 +214,11 @@ def plan_path(path: Path | str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
+def absolute(path: str) -> str:
+    """The same plan for a process that runs elsewhere on this machine."""
+    return path if path.startswith(PRESET) else str(plan_path(path).resolve())
+
+
 def preset_names() -> list[str]:
     """The plans that come with the package."""
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
@@ -243,7 +230,8 @@ def _parsed(tree: Any, others: LayerFormat | None) -> PlanFile:
     if set(tree) & set(OLDER_FORM):
         return _older_form(tree, others or LayerFormat(4, 4))
     if others is not None and others != LayerFormat(4, 4):
-        raise ConfigError("this plan says itself how layers are stored: leave the other format flags (quant.*) out.")
+        raise ConfigError("this plan says itself how layers are stored: leave --kvtuner-axis-key (quant.axis_key) and "
+                          "the other flags of a format out.")
     plan = _validated(tree)
     if plan.model is None:
         raise ConfigError("the plan names no model: say for which architecture, layers, kv_heads and head_dim it is.")

@@ -10,7 +10,7 @@ from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, load_record
 from kvtuner_sglang.evidence.sweep import markdown_table
 
 SEED_ABLATION = ("bf16", "kv8", "kv4", "kv2")
-NOT_COMPARED = ("quant", "force", "runs_dir", "tracking", "report")
+NOT_COMPARED = ("quant", "plan", "force", "runs_dir", "tracking", "report")
 Text = dict[str, str]
 
 

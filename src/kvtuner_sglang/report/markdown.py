@@ -79,7 +79,9 @@ def _quantization(record: RunRecord, text: Text) -> str:
         if record.kv is None:
             return text["no_quantization_unknown"]
         return text["no_quantization"].format(dtype=record.kv.full_precision_dtype)
-    bits = f"{quant['name']} (Key={quant['nbits_key']}bit, Value={quant['nbits_value']}bit)"
+    bits = quant["name"]
+    if quant.get("plan_file") is None:
+        bits += f" (Key={quant['nbits_key']}bit, Value={quant['nbits_value']}bit)"
     return bits if record.kv is None else f"{bits}: {record.kv.format}"
 
 

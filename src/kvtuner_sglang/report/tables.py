@@ -92,18 +92,36 @@ def _device_row(device: DeviceMemory) -> tuple[str, ...]:
 def _pool_table(kv: KVRecord, text: Text) -> str:
     header = (text["rank"], text["layers"], text["kv_heads"], text["kv_tokens"], text["bytes_formula"],
               text["bytes_allocated"], text["bytes_full"].format(dtype=kv.full_precision_dtype), text["pool_mib"],
-              text["tail_mib"], text["pool_class"])
+              text["tail_mib"], text["room"], text["pool_class"])
     rows = [(str(r.rank), f"{r.layers[0]}-{r.layers[1] - 1}", str(r.kv_heads), str(r.tokens),
              f"{r.bytes_per_token_formula:.1f}", f"{r.bytes_per_token_allocated:.1f}", f"{r.bytes_per_token_full:.0f}",
-             f"{r.pool_bytes / MIB:.1f}", f"{r.tail_bytes / MIB:.1f}", r.pool_class) for r in kv.ranks]
+             f"{r.pool_bytes / MIB:.1f}", f"{r.tail_bytes / MIB:.1f}",
+             "" if room is None else str(room), r.pool_class) for r, room in zip(kv.ranks, _room(kv), strict=True)]
     return markdown_table(header, rows)
+
+
+def _room(kv: KVRecord) -> list[int | None]:
+    """Tokens that each rank's budget, its tails taken off, has room for by the formula; the least is what all offer."""
+    if kv.budget_bytes_per_rank is None:
+        return [None] * len(kv.ranks)
+    return [int((kv.budget_bytes_per_rank - r.tail_bytes) // r.bytes_per_token_formula) for r in kv.ranks]
+
+
+def _least_room(kv: KVRecord, text: Text) -> list[str]:
+    """Which rank limits the others, where stages differ in bytes a token; nothing where they do not."""
+    rooms = [(room, r) for room, r in zip(_room(kv), kv.ranks, strict=True) if room is not None]
+    if len({r.bytes_per_token_formula for _, r in rooms}) < 2:
+        return []
+    (least, rank), (most, _) = (pick(rooms, key=lambda pair: pair[0]) for pick in (min, max))
+    return [text["least_room"].format(rank=rank.rank, first=rank.layers[0], last=rank.layers[1] - 1,
+                                      bytes=rank.bytes_per_token_formula, least=least, most=most)]
 
 
 def _memory_analysis(kv: KVRecord, text: Text) -> str:
     if kv.budget_bytes_per_rank is None or kv.full_precision_tokens is None or kv.capacity_ratio is None:
         return text["memory_analysis_free"].format(tokens=kv.tokens, bits=kv.effective_bits)
     sentences = [text["memory_analysis"].format(tokens=kv.tokens, bits=kv.effective_bits,
-                                                budget=kv.budget_bytes_per_rank / MIB)]
+                                                budget=kv.budget_bytes_per_rank / MIB), *_least_room(kv, text)]
     if kv.enabled:
         sentences.append(text["memory_ratio"].format(dtype=kv.full_precision_dtype, full=kv.full_precision_tokens,
                                                      ratio=kv.capacity_ratio))

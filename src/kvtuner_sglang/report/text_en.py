@@ -76,10 +76,13 @@ TEXT: dict[str, str] = {
     "bytes_full": "Bytes/token ({dtype})",
     "pool_mib": "Pool (MiB)",
     "tail_mib": "Tails (MiB)",
+    "room": "Room (tokens)",
     "pool_class": "Pool",
     "memory_analysis": "The pool holds {tokens} tokens at {bits:.2f} effective bits (scales and zeros counted) in a "
                        "budget of {budget:.1f} MiB per rank.",
     "memory_analysis_free": "The pool holds {tokens} tokens at {bits:.2f} effective bits (scales and zeros counted).",
+    "least_room": "Ranks differ in bytes a token: rank {rank} (layers {first}-{last}, {bytes:.1f} bytes) has room for "
+                  "{least}, the fewest, which all offer; another would have room for {most}.",
     "memory_ratio": "Full precision ({dtype}) would hold {full} by formula: {ratio:.2f} times as many.",
     "memory_ratio_16": "Against 16 bits an element, the usual precision on a GPU, the factor is {ratio:.2f}.",
     "architecture": "Distributed architecture",

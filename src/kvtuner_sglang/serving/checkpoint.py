@@ -18,6 +18,7 @@ from typing import Any
 
 from kvtuner_sglang.cpu_engine.environment import STANDINS
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.quant import ModelIdentity
 from kvtuner_sglang.serving.cache_folder import cache_folder, cached_sha256, one_at_a_time
 from kvtuner_sglang.serving.dummy_checkpoint import PREFIX as DUMMY
 from kvtuner_sglang.serving.dummy_checkpoint import write_dummy
@@ -54,6 +55,11 @@ class Checkpoint:
     vocab_size: int
     dtype_name: str
     parameters: int
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What a per-layer plan is compared with."""
+        return ModelIdentity(self.architecture, self.layers, self.kv_heads, self.head_dim, sha256=self.sha256)
 
 
 def _to_stderr(text: str) -> None:

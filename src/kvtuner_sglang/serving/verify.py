@@ -9,7 +9,7 @@ import kvtuner_sglang
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import RunFailed
 from kvtuner_sglang.plugin.attention_choice import choose_attention
-from kvtuner_sglang.quant import KVFormat, KVShape, format_hash, uniform_plan
+from kvtuner_sglang.quant import KVFormat, KVShape, format_hash
 from kvtuner_sglang.serving.checkpoint import Checkpoint
 from kvtuner_sglang.serving.commands import Measurement
 
@@ -28,7 +28,7 @@ def verify_server(info: Info, config: RunConfig, checkpoint: Checkpoint,
     kvtuner = info.get("kvtuner")
     if not isinstance(kvtuner, dict):
         raise RunFailed(f"/server_info has no kvtuner part, so the plugin did not load: {REINSTALL}.")
-    plan = uniform_plan(config.quant.kv_format(), checkpoint.layers)
+    plan = config.quant.plan(checkpoint.layers)
     try:
         _check_switches(kvtuner, config, measurement or Measurement())
         _check_versions("the server", kvtuner)

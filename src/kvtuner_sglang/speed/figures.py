@@ -9,7 +9,7 @@ from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.record import KVRecord, Metric, metric_key
 from kvtuner_sglang.measure.memory import ITEMSIZE, kv_record
 from kvtuner_sglang.measure.metrics import summarize
-from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.quant import KVShape
 from kvtuner_sglang.speed import validity
 from kvtuner_sglang.speed.calls import Call, SpeedResult
 from kvtuner_sglang.speed.hardware import MS_PER_S, Floor
@@ -97,7 +97,7 @@ def kv_metrics(state: dict[str, Any], kv: KVRecord, config: RunConfig, max_runni
     metrics = {"kv_tokens": summarize([kv.tokens], "tokens")}
     if rank["budget_bytes"] is not None:
         shape = KVShape(rank["kv_heads"], rank["head_dim"], ITEMSIZE[rank["dtype"]], kv.page_size)
-        plan = uniform_plan(config.quant.kv_format(), rank["layers"][1] - rank["layers"][0])
+        plan = config.quant.plan(rank["layers"][1])
         tails = shape.tail_bytes_per_slot(plan) * (max_running_requests + 1)
         metrics["kv_budget_bytes"] = summarize([rank["budget_bytes"]], "bytes")
         metrics["kv_tokens_formula"] = summarize([(rank["budget_bytes"] - tails) // shape.bytes_per_token(plan)],

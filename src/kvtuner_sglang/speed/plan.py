@@ -10,7 +10,7 @@ from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.measure.memory import ITEMSIZE, MIB, NVIDIA_SMI, NVIDIA_SMI_TIMEOUT_S, parse_nvidia_smi
 from kvtuner_sglang.plugin.options import keywords_of
-from kvtuner_sglang.quant import KVShape, uniform_plan
+from kvtuner_sglang.quant import KVShape
 from kvtuner_sglang.serving.checkpoint import Checkpoint
 from kvtuner_sglang.serving.dummy_checkpoint import PREFIX as DUMMY
 from kvtuner_sglang.speed.calls import Cell, SpeedSpec
@@ -58,7 +58,7 @@ def max_running_requests(config: RunConfig, checkpoint: Checkpoint, dtype: str, 
     largest = max((cell.batch for cell in config.speed.decode), default=1)
     if not config.speed.saturation:
         return largest
-    shape, plan = kv_shape(config, checkpoint, dtype), uniform_plan(config.quant.kv_format(), checkpoint.layers)
+    shape, plan = kv_shape(config, checkpoint, dtype), config.quant.plan(checkpoint.layers)
     tokens = request_tokens(min(config.speed.saturation), config.speed.outputs_per_request, shape.page_size)
     each = tokens * shape.bytes_per_token(plan) + shape.tail_bytes_per_slot(plan)
     return max(largest, int(budget_bytes // each) + 1)

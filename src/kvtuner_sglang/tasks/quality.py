@@ -29,6 +29,7 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     An engine that broke is an outcome with status failed, figures that may not count one with status invalid.
     """
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    config.quant.require_fits(checkpoint.identity)
     say(f"{config.run_dir}")
     subject = subject_of(config, checkpoint)
 

@@ -11,7 +11,7 @@ from kvtuner_sglang.evidence.environment import collect_environment
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import Environment, Status, write_record
 from kvtuner_sglang.evidence.samples import SampleLog
-from kvtuner_sglang.quant import format_hash, uniform_plan
+from kvtuner_sglang.quant import format_hash
 from kvtuner_sglang.serving.checkpoint import Checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
 
@@ -61,7 +61,7 @@ def record(config: RunConfig, overrides: Sequence[str], measure: Callable[[Attem
 
 def require_plan(kvtuner: dict[str, object], config: RunConfig, checkpoint: Checkpoint) -> None:
     """Raise MeasurementInvalid unless the engine's own report is of the format asked for."""
-    asked = format_hash(uniform_plan(config.quant.kv_format(), checkpoint.layers))
+    asked = format_hash(config.quant.plan(checkpoint.layers))
     if kvtuner["plan_hash"] != asked:
         raise MeasurementInvalid(f"same_format: the engine serves plan {kvtuner['plan_hash']} instead of {asked}: "
                                  "reinstall kvtuner-sglang.")

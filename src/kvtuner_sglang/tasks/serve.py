@@ -26,6 +26,7 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     A run that started and broke is an outcome with status failed, or invalid when samples may not count.
     """
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    config.quant.require_fits(checkpoint.identity)
     if config.quality.probe:
         require_probed(config, checkpoint, say)
     say(f"{config.run_dir}")

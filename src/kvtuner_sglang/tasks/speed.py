@@ -13,7 +13,6 @@ from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import Environment
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.measure.memory import ITEMSIZE
-from kvtuner_sglang.quant import uniform_plan
 from kvtuner_sglang.serving.bounded_process import run_bounded
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
@@ -36,7 +35,7 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     """
     device = require_device(config)
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
-    config.quant.kv_format().check(checkpoint.head_dim)
+    config.quant.require_fits(checkpoint.identity)
     dtype = config.model.dtype_cpu if device == "cpu" else config.model.dtype_cuda
     requests = plan.max_running_requests(config, checkpoint, dtype,
                                          plan.kv_budget_bytes(config, checkpoint, device, dtype))
@@ -102,5 +101,5 @@ def _floor(config: RunConfig, checkpoint: Checkpoint, spec: SpeedSpec, environme
     gpu = environment.gpus[0] if environment.gpus and spec.device != "cpu" else None
     dtype = spec.engine["dtype"]
     shape = plan.kv_shape(config, checkpoint, dtype)
-    kv_bytes = shape.bytes_per_token(uniform_plan(config.quant.kv_format(), checkpoint.layers))
+    kv_bytes = shape.bytes_per_token(config.quant.plan(checkpoint.layers))
     return Floor(peak_of(gpu), checkpoint, ITEMSIZE[dtype], kv_bytes)

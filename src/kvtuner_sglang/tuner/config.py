@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from kvtuner_sglang.errors import ConfigError
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Word = Annotated[str, Field(pattern="^(2|4|8)[bs]?$")]
 
@@ -35,3 +37,13 @@ class TuneConfig:
     front_plans: PositiveInt
     random_plans: PositiveInt
     uniform_tolerance_bits: Annotated[float, Field(ge=0)]
+
+    def __post_init__(self) -> None:
+        if self.calibration_window < 2 * self.page_size or self.calibration_tokens % self.calibration_window:
+            raise ConfigError(f"tune.calibration_window={self.calibration_window} does not fit: give at least two "
+                              f"pages of {self.page_size}, and whole windows in tune.calibration_tokens="
+                              f"{self.calibration_tokens}.")
+        for word in {*self.keys} - {"4b"} | {*self.values}:
+            if word.endswith("b"):
+                raise ConfigError(f"tune has the format {word}, but only keys of 4 bits can be boosted: write 4b among "
+                                  "tune.keys, and b nowhere else.")

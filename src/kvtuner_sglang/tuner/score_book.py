@@ -9,14 +9,11 @@ from types import ModuleType
 from typing import TypeVar
 
 from kvtuner_sglang.quality import compare, prose, recall, recipe, transformers_path
-from kvtuner_sglang.quant import format as quant_format
 from kvtuner_sglang.tuner import scoring
 from kvtuner_triton import reference
 
 T = TypeVar("T")
-SCORED_BY: tuple[ModuleType, ...] = (
-    scoring, transformers_path, recipe, compare, prose, recall, quant_format, reference,
-)
+SCORED_BY: tuple[ModuleType, ...] = (scoring, transformers_path, recipe, compare, prose, recall, reference)
 
 
 class ScoreBook:
