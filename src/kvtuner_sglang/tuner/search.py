@@ -96,8 +96,10 @@ def search(space: Space, kl_of: Callable[[Plan], float], storage: Path, *, popul
 
 def _next_trial(study: optuna.Study, space: Space, kl_of: Callable[[Plan], float], number: int,
                 seeds: Sequence[tuple[int, ...]], population: int, seed: int) -> Candidate:
-    study.sampler = optuna.samplers.NSGAIISampler(population_size=population, constraints_func=_excess,
-                                                  seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+    sampler = optuna.samplers.NSGAIISampler(
+        population_size=population, seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+    sampler.get_parent_population(study, number // population)  # what is chosen here comes in another order than kept
+    study.sampler = sampler
     if number < len(seeds):
         study.enqueue_trial({_name(cluster): pair for cluster, pair in zip(space.clusters, seeds[number], strict=True)})
     trial = study.ask()
@@ -107,7 +109,7 @@ def _next_trial(study: optuna.Study, space: Space, kl_of: Callable[[Plan], float
     excess = max(0.0, bits - space.budget - BITS_EPSILON)
     kl = expected if excess else kl_of(plan)
     origin = "additive" if number < len(seeds) else "nsga2"
-    trial.set_user_attr("excess_bits", excess)
+    trial.set_constraint("excess_bits", excess)
     trial.set_user_attr("origin", origin)
     study.tell(trial, [kl, bits])
     return Candidate(choices, plan, bits, kl, expected, origin)
@@ -126,10 +128,6 @@ def _candidate(space: Space, trial: FrozenTrial) -> Candidate:
     plan = space.plan(choices)
     return Candidate(choices, plan, space.menu.bits(plan), trial.values[0], summed(space.sensitivity, space.menu, plan),
                      trial.user_attrs["origin"])
-
-
-def _excess(trial: FrozenTrial) -> tuple[float]:
-    return (trial.user_attrs["excess_bits"],)
 
 
 def _name(cluster: Cluster) -> str:
