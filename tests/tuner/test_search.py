@@ -1,5 +1,7 @@
 """The search on a made-up model whose layers' errors add up, so that the best plan is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -102,7 +104,7 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
     found = run(made_up_space(4.5), tmp_path)
     best = front(found)
     assert best[-1].kl == min(c.kl for c in found)
-    for a, b in zip(best, best[1:], strict=False):
+    for a, b in itertools.pairwise(best):
         assert a.effective_bits < b.effective_bits
         assert a.kl > b.kl
     assert all(any(b.effective_bits <= c.effective_bits and b.kl <= c.kl for b in best) for c in found)

@@ -11,7 +11,7 @@ from kvtuner_sglang.quality.transformers_path import answers_greedily, logits, q
 from kvtuner_sglang.tuner.menu import Plan
 from kvtuner_sglang.tuner.scoring import recipes_of
 
-OVERLAP_TOKENS = 12
+OVERLAP_TOKENS = 24
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kvtuner_sglang.tuner.compare_plans import Compared
 from kvtuner_sglang.tuner.run import Tuned
 
 RULES = (
-    "calibration and held-out text share no run of 12 tokens",
+    "calibration and held-out text share no run of 24 tokens",
     "plans run with the pool's own quantizer and its visibility of pages",
     "the plan has at most tune.bits effective bits, metadata counted",
     "uniform and first/last plans that it is compared with have at most tune.uniform_tolerance_bits more bits than it, "
