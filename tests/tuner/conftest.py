@@ -1,9 +1,10 @@
 """The tiny model of the quality tests, and a whole run of task=tune on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +14,15 @@ from tiny_llama import tiny_checkpoint, tiny_model, tokens
 
 __all__ = ["tiny_checkpoint", "tiny_model", "tokens"]
 CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For a tiny model several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
