@@ -14,11 +14,9 @@ def test_the_front_has_what_no_other_beats():
     assert pareto([3.0, 3.0], [0.1, 0.1]) == [0]
 
 
-def test_a_pair_survives_if_either_error_recommends_it():
-    kl = np.array([[0.5, 0.2, 0.3, 0.2, 0.0]])
-    attention = np.array([[0.5, 0.4, 0.3, 0.1, 0.2]])
-    assert surviving(BITS, kl) == [(0, 1, 4)]
-    assert surviving(BITS, attention, kl) == [(0, 1, 2, 3, 4)]
+def test_every_layer_keeps_its_own_front():
+    kl = np.array([[0.5, 0.2, 0.3, 0.2, 0.0], [0.5, 0.4, 0.3, 0.1, 0.2]])
+    assert surviving(BITS, kl) == [(0, 1, 4), (0, 2, 3)]
 
 
 def test_layers_with_equal_sets_and_like_errors_are_one_cluster():

@@ -19,10 +19,6 @@ def pareto(bits: Sequence[float], errors: Sequence[float]) -> list[int]:
     return kept
 
 
-def surviving(bits: Sequence[float], *errors: np.ndarray) -> list[tuple[int, ...]]:
-    """For every layer the pairs on its Pareto front by at least one of `errors`, (layers, pairs) each.
-
-    A pair that one measure of error recommends is not thrown away because another does not.
-    """
-    layers = len(errors[0])
-    return [tuple(sorted({i for error in errors for i in pareto(bits, error[layer])})) for layer in range(layers)]
+def surviving(bits: Sequence[float], error: np.ndarray) -> list[tuple[int, ...]]:
+    """For every layer the pairs on its Pareto front of bits against `error`, (layers, pairs)."""
+    return [tuple(pareto(bits, own)) for own in error]

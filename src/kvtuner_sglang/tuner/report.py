@@ -87,15 +87,17 @@ def _search(candidates: Sequence[dict[str, Any]], tune: dict[str, Any]) -> str:
     best = {origin: min((row["kl"] for row in candidates if row["origin"] == origin), default=None)
             for origin in ("additive", "nsga2")}
     found = "none" if best["nsga2"] is None else f"{best['nsga2']:.4f}"
-    return (f"{len(candidates)} plans within the budget were scored on {tune['calibration_tokens']} tokens. Least KL "
-            f"of the additive model's plans: {best['additive']:.4f}; of those that NSGA-II found: {found}.")
+    from_model = sum(row["origin"] == "additive" for row in candidates)
+    return (f"{len(candidates)} plans within the budget were scored on {tune['calibration_tokens']} tokens. Least KL of "
+            f"the {from_model} that the additive model gave: {best['additive']:.4f}; of those that NSGA-II bred from "
+            f"them: {found}.")
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:
     rows = [(str(row["layer"]), layer_text(row["cluster"]), str(len(row["surviving"])), ", ".join(row["surviving"]))
             for row in layers]
-    return (f"Pairs of a layer: {len(layers[0]['pairs'])}. Kept is what no pair of at most as many bits beats in KL or "
-            "in attention error.\n\n"
+    return (f"Pairs of a layer: {len(layers[0]['pairs'])}. Kept is what no pair of at most as many bits beats in "
+            "KL with this layer alone.\n\n"
             + markdown_table(("layer", "cluster", "kept", "pairs"), rows))
 
 

@@ -72,7 +72,7 @@ def tune_model(bench: Bench, identity: ModelIdentity, tune: TuneConfig, seed: in
     scorer = Scorer(bench.model, bench.calibration, tune.page_size)
     found = sensitivity.measure(scorer, menu, book, say)
     pair_bits = [menu.bits([pair]) for pair in menu.pairs]
-    kept = surviving(pair_bits, found.attention_error, found.kl)
+    kept = surviving(pair_bits, found.kl)
     clusters = clusters_of(kept, found.kl, tune.cluster_eps)
     say(f"pruning: {sum(map(len, kept)) / len(kept):.1f} of {len(menu.pairs)} pairs a layer survive; "
         f"{len(clusters)} clusters of {scorer.layers} layers")

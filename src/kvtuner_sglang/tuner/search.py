@@ -1,9 +1,10 @@
 """NSGA-II over one choice per cluster: logit KL against effective bits, at most the budget.
 
 The study is a SQLite file.  Every trial draws from a generator seeded by the number of finished trials, and NSGA-II
-keeps all else in the study, so that a search that was killed goes on as if it had not been.  The first trials are plans
-of the additive model (knapsack.py) at several budgets.  What exceeds the budget is not scored: it counts as infeasible
-by how much it does, with the additive model's error as its KL.
+keeps all else in the study, so that a search that was killed goes on as if it had not been.  The first generation are
+plans of the additive model (knapsack.py): half of it at budgets from the full one down to a bit less, half of it at the
+full one with every error multiplied by a random number near one.  What exceeds the budget is not scored: it counts as
+infeasible by how much it does, with the additive model's error as its KL.
 """
 
 import time
@@ -21,7 +22,8 @@ from kvtuner_sglang.tuner.menu import Menu, Plan
 from kvtuner_sglang.tuner.sensitivity import Sensitivity, summed
 
 BITS_EPSILON = 1e-6
-SEED_STEPS = (0.0, 0.03, 0.06, 0.125, 0.25, 0.5, 0.75)  # bits below the budget for which the additive model is solved
+SEED_RANGE_BITS = 1.0  # how far below the budget the additive model is solved, too
+JITTER = 0.3  # standard deviation of the logarithm of what errors are multiplied by
 TRIALS_PER_CANDIDATE = 5  # how many trials may be infeasible or repeated
 
 
@@ -51,23 +53,32 @@ class Space:
                     for layer in cluster.layers}
         return tuple(by_layer[layer] for layer in range(len(by_layer)))
 
-    def additive(self, budget: float) -> tuple[int, ...]:
-        """The choices that the additive model prefers within `budget`."""
+    def additive(self, budget: float, factors: np.ndarray | float = 1.0) -> tuple[int, ...]:
+        """The choices that the additive model prefers within `budget`, its KL multiplied by `factors`."""
+        kl = self.sensitivity.kl * factors
         bits = [self.menu.bits([pair]) for pair in self.menu.pairs]
         layers = sum(len(cluster.layers) for cluster in self.clusters)
         costs = [[bits[pair] * len(cluster.layers) for pair in cluster.pairs] for cluster in self.clusters]
-        errors = [[float(self.sensitivity.kl[list(cluster.layers), pair].sum()) for pair in cluster.pairs]
+        errors = [[float(kl[list(cluster.layers), pair].sum()) for pair in cluster.pairs]
                   for cluster in self.clusters]
         chosen = knapsack.solve(costs, errors, budget * layers)
         return tuple(cluster.pairs[option] for cluster, option in zip(self.clusters, chosen, strict=True))
 
-    def seeds(self) -> list[tuple[int, ...]]:
-        """Plans of the additive model at the budget and below; raises ConfigError if nothing fits it."""
+    def seeds(self, count: int, seed: int) -> list[tuple[int, ...]]:
+        """At most `count` different plans of the additive model, the first of them its best within the budget.
+
+        Raises ConfigError if nothing fits the budget.
+        """
         fewest = [min(cluster.pairs, key=lambda pair: self.menu.bits([self.menu.pairs[pair]]))
                   for cluster in self.clusters]
-        cheapest = self.menu.bits(self.plan(fewest))
-        budgets = [self.budget - step for step in SEED_STEPS if step == 0 or self.budget - step >= cheapest]
-        return list(dict.fromkeys(self.additive(budget) for budget in budgets))
+        lowest = max(self.budget - SEED_RANGE_BITS, self.menu.bits(self.plan(fewest)))
+        rng = np.random.default_rng(seed)
+        found = [self.additive(self.budget)]
+        if lowest < self.budget:
+            found += [self.additive(budget) for budget in np.linspace(self.budget, lowest, (count + 1) // 2)[1:]]
+        while len(found) < count:
+            found.append(self.additive(self.budget, rng.lognormal(0, JITTER, self.sensitivity.kl.shape)))
+        return list(dict.fromkeys(found))
 
 
 def search(space: Space, kl_of: Callable[[Plan], float], storage: Path, *, population: int, candidates: int, seed: int,
@@ -80,7 +91,7 @@ def search(space: Space, kl_of: Callable[[Plan], float], storage: Path, *, popul
     finished = list(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     found = {candidate.choices: candidate for candidate in (_candidate(space, trial) for trial in finished)
              if candidate.effective_bits <= space.budget + BITS_EPSILON}
-    seeds, begun, resumed = space.seeds(), time.monotonic(), len(found)
+    seeds, begun, resumed = space.seeds(population, seed), time.monotonic(), len(found)
     for number in range(len(finished), TRIALS_PER_CANDIDATE * candidates):
         if len(found) >= candidates:
             break

@@ -1,9 +1,11 @@
 """How much each layer loses in each format, alone.
 
-Two measures of every pair of a key and a value format: the relative squared error of the layer's attention output, as
-in KVTuner, and the logit KL of the whole model with only this layer quantized, since a small error of keys may move the
-logits much and a large one little.  The KL is measured for every key format beside the best values and for every value
-format beside the best keys; of the other pairs it is the sum of the two less what the best pair costs:
+Two measures of every pair of a key and a value format: the relative squared error of the layer's attention output, by
+which KVTuner prunes, and the logit KL of the whole model with only this layer quantized.  The second decides here: an
+error of keys may be large and move the logits little, or the other way round.
+
+The KL is measured for every key format beside the best values and for every value format beside the best keys; of the
+other pairs it is the sum of the two less what the best pair costs:
 KL(k, v) = KL(k, best) + KL(best, v) - KL(best, best).
 """
 
