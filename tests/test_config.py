@@ -36,15 +36,17 @@ PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda word: word)
 def test_every_pair_of_options_composes(one, other):
     more = ["model.path=/checkpoint"] if "model=local" in (one, other) else []
+    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if "quant=plan" in (one, other) else []
     more += ["task=speed"] if SPEED_ALONE & {one, other} else []
     config = load(one, other, *more)
     for word in (one, other):
         group, _, name = word.partition("=")
         part = getattr(config, group)
-        assert getattr(part, "mode" if group == "tracking" else "name") == name
+        found = getattr(part, "mode" if group == "tracking" else "name")
+        assert found == (f"{name}_qwen2_5_7b_kivi_3_18" if word == "quant=plan" else name)
 
 
-@pytest.mark.parametrize("name", options("quant"))
+@pytest.mark.parametrize("name", [name for name in options("quant") if name != "plan"])
 def test_a_quant_file_is_what_its_name_says(name):
     quant = load(f"quant={name}", *(["task=speed"] if name == "fp8" else [])).quant
     if name in ("bf16", "fp8"):
@@ -75,6 +77,47 @@ def test_runs_that_can_differ_get_different_directories():
     ]
     assert len(set(names)) == len(names)
     assert load("tracking=disabled", "force=true").run_dir == load().run_dir
+
+
+PLAN = """model: {architecture: LlamaForCausalLM, layers: 2, kv_heads: 2, head_dim: 32}
+default: {nbits_key: 8, nbits_value: 4, axis_key: 0}
+layers: {1: {nbits_key: 4, nbits_value: 2, axis_key: 0}}
+"""
+
+
+def test_a_run_keeps_its_plan_and_is_named_by_it(tmp_path):
+    def planned(name, text):
+        (tmp_path / name).write_text(text)
+        return load("quant=plan", f"plan.path={tmp_path / name}")
+
+    config = planned("first.yaml", PLAN)
+    assert [(fmt.key.bits, fmt.value.bits) for fmt in config.quant.plan(2)] == [(8, 4), (4, 2)]
+    assert config.quant.page_tokens == 1
+    assert config.quant.options().plan(2) == config.quant.plan(2)
+    assert config.run_dir.name.startswith("serve-smollm2_135m-plan_first-single-smoke-")
+    assert config.to_dict()["quant"]["plan_file"]["layers"]["1"]["nbits_value"] == 2
+    (tmp_path / "elsewhere").mkdir()
+    assert planned("elsewhere/first.yaml", PLAN).run_dir == config.run_dir
+    assert planned("first.yaml", PLAN.replace("nbits_value: 2", "nbits_value: 4")).run_dir != config.run_dir
+    (tmp_path / "first.yaml").unlink()
+    assert config.quant.plan(2)[1].key.bits == 4, "a run does not read it a second time"
+
+
+def test_other_formats_do_not_look_at_the_plan():
+    assert load("plan.path=preset:qwen2_5_7b_kivi_3_18").run_dir == load().run_dir
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    (["quant=plan"], "quant=plan does not say how many bits: give plan.path=FILE"),
+    (["quant=plan", "plan.path=/no/plan.yaml"], "/no/plan.yaml cannot be read"),
+    (["quant=plan", "plan.path=preset:kv5"], "choose preset:NAME from"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.nbits_key=4"], "leave quant.nbits_key"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.axis_key=0"], "leave --kvtuner-axis-key"),
+    (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.page_size=1"], "choose 64 or 128"),
+])
+def test_plans_that_cannot_be(words, part):
+    with pytest.raises(ConfigError, match=part):
+        load(*words)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,15 @@ batch alone; padded requests have slot 0 and length 1 and write to tail 0.
     codes, meta, extra as layout.py has them, codes in fragment order, extra in that of slots
     tail_key, tail_value (slots, PAGE, kv_heads, D)       table = req_to_token (slots, table_stride) int32
 
+A program does 64 channels of a page's keys or 32 tokens of its values: slots of boosted channels and tiles of codes end
+there, and so few numbers a thread leave room for enough of them on a multiprocessor to wait for memory side by side.
+
 Bytes a token and kv head at D = 128, PAGE = 64: 512 read; kv8 268, kv4 140 (boosted, symmetric values 142), kv2 76
 written.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -44,6 +48,8 @@ from kvtuner_triton.slots import boost_slot
 
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no fused multiply-add
 FP16_MAX = tl.constexpr(65504.0)
+CHANNELS = tl.constexpr(64)  # of keys, a program
+TOKENS = tl.constexpr(32)  # of values, a program
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -52,12 +58,14 @@ def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_k
                 KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr,
                 KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr,
                 PAGES: tl.constexpr, TAILS: tl.constexpr, GROUP: tl.constexpr):
-    """Program (i, head, 0) does the keys of item i and kv head `head`, program (i, head, 1) the values.
+    """Program (i, head, part) does a part of item i and kv head `head`: D / 64 of keys first, then PAGE / 32 of values.
 
     PAGES: store complete pages; TAILS: keep the page in progress, after reading it where both are done.
     GROUP: query heads a kv head, 0 if keys are not boosted; q and key_extra are None then.
     """
+    KEY_PARTS: tl.constexpr = D // CHANNELS
     head = tl.program_id(1)
+    part = tl.program_id(2)
     b = tl.program_id(0)
     number = 0
     if DECODE:
@@ -77,57 +85,62 @@ def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_k
         page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
         at = page * KV_HEADS + head
     row = row.to(tl.int64) - start  # of position 0
-    if tl.program_id(2) == 0:
+    if part < KEY_PARTS:
+        channel = part * CHANNELS + tl.arange(0, CHANNELS)
         new, tail = key + head * D, tail_key + (slot * PAGE * KV_HEADS + head) * D
         if PAGES:  # noqa: SIM102 - decided when compiling
             if first + PAGE <= end:
                 codes, meta = key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META)
                 if GROUP > 0:
                     query = q + (row + first + PAGE - 1) * q_stride + head * (GROUP * D)
-                    store_boosted_keys(new, row, key_stride, tail, start, first, codes, meta, query,
+                    store_boosted_keys(new, row, key_stride, tail, start, first, part, codes, meta, query,
                                        key_extra + at * (PAGE * D // 32), KV_HEADS, D, PAGE, GROUP)
                 else:
-                    store_keys(new, row, key_stride, tail, start, first, codes, meta, KV_HEADS, D, PAGE, KEY_BITS,
-                               KEY_META)
+                    store_keys(new, row, key_stride, tail, start, first, part, codes, meta, KV_HEADS, D, PAGE,
+                               KEY_BITS, KEY_META)
         if TAILS:
-            keep_page(new, row, key_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
+            keep_page(new, row, key_stride, tail, start, end, 0, channel, PAGE, KV_HEADS, D, PAGE, DECODE)
     else:
+        part -= KEY_PARTS
+        token = part * TOKENS
         new, tail = value + head * D, tail_value + (slot * PAGE * KV_HEADS + head) * D
         if PAGES:  # noqa: SIM102 - decided when compiling
             if first + PAGE <= end:
-                store_values(new, row, value_stride, tail, start, first,
-                             value_codes + at * (PAGE * D * VALUE_BITS // 8), value_meta + at * (PAGE * VALUE_META),
-                             KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META)
+                store_values(new, row, value_stride, tail, start, first, token,
+                             value_codes + at * (PAGE * D * VALUE_BITS // 8) + token * (D * VALUE_BITS // 8),
+                             value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, VALUE_BITS, VALUE_META)
         if TAILS:
-            keep_page(new, row, value_stride, tail, start, end, KV_HEADS, D, PAGE, DECODE)
+            keep_page(new, row, value_stride, tail, start, end, token, tl.arange(0, D), TOKENS, KV_HEADS, D, PAGE,
+                      DECODE)
 
 
 @triton.jit
-def store_keys(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
+def store_keys(new, row, stride, tail, start, first, part, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
                PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
-    """Page of positions first .. first + PAGE - 1: one scale a channel."""
-    channel = tl.arange(0, D)
-    x = load_tokens(new, row, stride, tail, start, first, tl.arange(0, PAGE), KV_HEADS, D).to(tl.float32)
+    """CHANNELS of the page of positions first .. first + PAGE - 1: one scale a channel."""
+    channel = part * CHANNELS + tl.arange(0, CHANNELS)
+    x = load_page(new, row, stride, tail, start, first, tl.arange(0, PAGE), channel, KV_HEADS, D).to(tl.float32)
     scale, zero = scale_and_zero(tl.min(x, axis=0), tl.max(x, axis=0), BITS, META)
     tl.store(meta + channel, scale.to(tl.float16))
     if META == 2:
         tl.store(meta + D + channel, zero.to(tl.float16))
-    store_key_codes(codes, quantize(x, scale[None, :], zero[None, :], BITS, META), D, PAGE, BITS)
+    store_key_codes(codes, quantize(x, scale[None, :], zero[None, :], BITS, META), part, D, PAGE, BITS)
 
 
 @triton.jit
-def store_boosted_keys(new, row, stride, tail, start, first, codes, meta, query, extra, KV_HEADS: tl.constexpr,
+def store_boosted_keys(new, row, stride, tail, start, first, part, codes, meta, query, extra, KV_HEADS: tl.constexpr,
                        D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """The same with four bits, and eight in one channel of each slot. query: (GROUP, D) at the page's last position."""
-    channel, token = tl.arange(0, D), tl.arange(0, PAGE)
-    x = load_tokens(new, row, stride, tail, start, first, token, KV_HEADS, D).to(tl.float32)
+    SLOTS: tl.constexpr = CHANNELS // 16
+    channel, token = part * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PAGE)
+    x = load_page(new, row, stride, tail, start, first, token, channel, KV_HEADS, D).to(tl.float32)
     low = tl.min(x, axis=0)
     span = tl.max(x, axis=0) - low
     weight = tl.zeros_like(low)
     for g in tl.static_range(GROUP):
         y = tl.load(query + g * D + channel).to(tl.float32)
         weight += y * y
-    best = most_important(weight * (span * span), D)
+    best = most_important(weight * (span * span), channel, part * SLOTS + tl.arange(0, SLOTS))
     boosted = tl.max((channel[:, None] == best[None, :]).to(tl.int32), axis=1) > 0
     top = tl.where(boosted, 255.0, 15.0)
     scale, zero = to_fp16(divide(span, top)), to_fp16(low)
@@ -136,47 +149,48 @@ def store_boosted_keys(new, row, stride, tail, start, first, codes, meta, query,
         tl.float16, bitcast=True))
     tl.store(meta + D + channel, zero.to(tl.float16))
     code = quantize_up_to(x, scale[None, :], zero[None, :], top[None, :])
-    store_key_codes(codes, tl.where(boosted[None, :], code >> 4, code), D, PAGE, 4)
+    store_key_codes(codes, tl.where(boosted[None, :], code >> 4, code), part, D, PAGE, 4)
     # Their second halves: to read and quantize 1/16 of the page again costs less than to pick columns out of it.
-    x = load_channels(new, row, stride, tail, start, first, token, best, KV_HEADS, D).to(tl.float32)
+    x = load_page(new, row, stride, tail, start, first, token, best, KV_HEADS, D).to(tl.float32)
     low = tl.min(x, axis=0)
     scale, zero = to_fp16(divide(tl.max(x, axis=0) - low, tl.full(low.shape, 255.0, tl.float32))), to_fp16(low)
     half = quantize(x, scale[None, :], zero[None, :], 8, 2) & 15
     half = half << (token % 4 * 4)[:, None]
-    unit = tl.sum(tl.reshape(half, [PAGE // 4, 4, D // 16]), axis=1)
-    at = tl.arange(0, PAGE // 4)[:, None] * (D // 16) + tl.arange(0, D // 16)[None, :]
+    unit = tl.sum(tl.reshape(half, [PAGE // 4, 4, SLOTS]), axis=1)
+    at = tl.arange(0, PAGE // 4)[:, None] * (D // 16) + part * SLOTS + tl.arange(0, SLOTS)[None, :]
     tl.store(extra.to(tl.pointer_type(tl.int16)) + at, unit.to(tl.int16))
 
 
 @triton.jit
-def most_important(importance, D: tl.constexpr):
-    """The channel of each slot (D / 16) with the largest importance (D), the lower at a tie; slots as in layout.py."""
-    channel = tl.arange(0, D)
-    slot = boost_slot(channel)
-    mine = slot[:, None] == tl.arange(0, D // 16)[None, :]
-    return tl.argmax(tl.where(mine, importance[:, None], -1.0), axis=0, tie_break_left=True)
+def most_important(importance, channel, slot):
+    """Of each slot the channel with the largest importance, the lower at a tie; slots as in layout.py."""
+    mine = boost_slot(channel)[:, None] == slot[None, :]
+    return channel.shape[0] * (slot // 4) + tl.argmax(tl.where(mine, importance[:, None], -1.0), axis=0,
+                                                      tie_break_left=True)
 
 
 @triton.jit
-def store_key_codes(codes, code, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr):
-    """Codes (PAGE, D) int32 of keys, one an element, to a page in fragment order."""
+def store_key_codes(codes, code, part, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr):
+    """Codes (PAGE, CHANNELS) int32 of keys, one an element, to their places in a page in fragment order."""
     PER: tl.constexpr = 8 // BITS
-    code = code << (tl.arange(0, D) % (D // 4) // 2 % PER * BITS)[None, :]
-    byte = tl.reshape(code, [PAGE // 32, 8, 2, 2, 4, D // 8 // PER, PER, 2])  # tile, g, m, half | t, u // per, f, e
+    T: tl.constexpr = CHANNELS * 4 // D  # of the four lanes that hold a token, those with these channels
+    code = code << (tl.arange(0, CHANNELS) % (D // 4) // 2 % PER * BITS)[None, :]
+    byte = tl.reshape(code, [PAGE // 32, 8, 2, 2, T, D // 8 // PER, PER, 2])  # tile, g, m, half | t, u // per, f, e
     byte = tl.permute(tl.sum(byte, axis=6), (0, 5, 2, 1, 4, 6, 3))  # tile, u // per, m, g, t, e, half
-    store_bytes(codes, byte, PAGE * D * BITS // 8)
+    store_bytes(codes, byte, part * T, T)
 
 
 @triton.jit
-def store_values(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
-                 PAGE: tl.constexpr, BITS: tl.constexpr, META: tl.constexpr):
-    """Page of positions first .. first + PAGE - 1: one scale a token.  Tokens u, 4 + u, .. are a tensor, u = 0 .. 3."""
+def store_values(new, row, stride, tail, start, first, token, codes, meta, KV_HEADS: tl.constexpr, D: tl.constexpr,
+                 BITS: tl.constexpr, META: tl.constexpr):
+    """TOKENS of a page, from `token` on: one scale a token.  Tokens u, 4 + u, .. are a tensor, u = 0 .. 3."""
     PER: tl.constexpr = 8 // BITS
-    token = tl.arange(0, PAGE // 4) * 4
-    a = load_tokens(new, row, stride, tail, start, first, token, KV_HEADS, D)  # all loads before the first store
-    b = load_tokens(new, row, stride, tail, start, first, token + 1, KV_HEADS, D)
-    c = load_tokens(new, row, stride, tail, start, first, token + 2, KV_HEADS, D)
-    d = load_tokens(new, row, stride, tail, start, first, token + 3, KV_HEADS, D)
+    token += tl.arange(0, TOKENS // 4) * 4
+    channel = tl.arange(0, D)
+    a = load_page(new, row, stride, tail, start, first, token, channel, KV_HEADS, D)  # loads before the first store
+    b = load_page(new, row, stride, tail, start, first, token + 1, channel, KV_HEADS, D)
+    c = load_page(new, row, stride, tail, start, first, token + 2, channel, KV_HEADS, D)
+    d = load_page(new, row, stride, tail, start, first, token + 3, channel, KV_HEADS, D)
     a = value_codes(a, meta + token * META, BITS, META)
     b = value_codes(b, meta + token * META + META, BITS, META)
     c = value_codes(c, meta + token * META + 2 * META, BITS, META)
@@ -187,9 +201,9 @@ def store_values(new, row, stride, tail, start, first, codes, meta, KV_HEADS: tl
         byte = tl.join(a | (b << 4), c | (d << 4))
     else:
         byte = a | (b << 2) | (c << 4) | (d << 6)
-    byte = tl.reshape(byte, [PAGE // 32, 4, 2, 8, D // 16, 2, 4 // PER])  # tile, t, e | g, m, half, u // per
+    byte = tl.reshape(byte, [TOKENS // 32, 4, 2, 8, D // 16, 2, 4 // PER])  # tile, t, e | g, m, half, u // per
     byte = tl.permute(byte, (0, 6, 4, 3, 1, 2, 5))  # tile, u // per, m, g, t, e, half
-    store_bytes(codes, byte, PAGE * D * BITS // 8)
+    store_bytes(codes, byte, 0, 4)
 
 
 @triton.jit
@@ -204,14 +218,8 @@ def value_codes(x, meta, BITS: tl.constexpr, META: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(new, row, stride, tail, start, first, token, KV_HEADS: tl.constexpr, D: tl.constexpr):
-    """Tokens `token` of the page at position `first` -> (tokens, D): from `start` on new, before from the tail."""
-    return load_channels(new, row, stride, tail, start, first, token, tl.arange(0, D), KV_HEADS, D)
-
-
-@triton.jit
-def load_channels(new, row, stride, tail, start, first, token, channel, KV_HEADS: tl.constexpr, D: tl.constexpr):
-    """The same of some channels -> (tokens, channels)."""
+def load_page(new, row, stride, tail, start, first, token, channel, KV_HEADS: tl.constexpr, D: tl.constexpr):
+    """Tokens and channels of the page at position `first`: from position `start` on from new, before from the tail."""
     channel = channel[None, :]
     new += ((row + first + token) * stride)[:, None] + channel
     if first >= start:
@@ -224,16 +232,19 @@ def load_channels(new, row, stride, tail, start, first, token, channel, KV_HEADS
 
 
 @triton.jit
-def keep_page(new, row, stride, tail, start, end, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-              DECODE: tl.constexpr):
-    """Copy the new tokens of the last token's page to the tail."""
-    tl.debug_barrier()  # other threads may still be reading the tail
-    channel = tl.arange(0, D)
+def keep_page(new, row, stride, tail, start, end, token, channel, COUNT: tl.constexpr, KV_HEADS: tl.constexpr,
+              D: tl.constexpr, PAGE: tl.constexpr, DECODE: tl.constexpr):
+    """Copy the new ones among COUNT tokens of the last token's page, from `token` on, to the tail: these channels.
+
+    Nobody reads them there in this launch: pages take new tokens from where they come.
+    """
     if DECODE:
-        tl.store(tail + start % PAGE * (KV_HEADS * D) + channel, tl.load(new + (row + start) * stride + channel))
+        place = start % PAGE
+        if (place >= token) & (place < token + COUNT):
+            tl.store(tail + place * (KV_HEADS * D) + channel, tl.load(new + (row + start) * stride + channel))
     else:
         first = (end - 1) // PAGE * PAGE
-        token = tl.arange(0, PAGE)
+        token += tl.arange(0, COUNT)
         inside = ((first + token >= start) & (first + token < end))[:, None]
         x = tl.load(new + ((row + first + token) * stride)[:, None] + channel[None, :], mask=inside, other=0.0)
         tl.store(tail + (token * (KV_HEADS * D))[:, None] + channel[None, :], x, mask=inside)
@@ -280,35 +291,53 @@ def quantize_up_to(x, scale, zero, top):
 
 
 @triton.jit
-def store_bytes(codes, byte, SIZE: tl.constexpr):
-    """byte (tile, u // per, m, g, t, e, half): words are numbered over (u // per, m), four of a lane together."""
+def store_bytes(codes, byte, lane, T: tl.constexpr):
+    """byte (tile, u // per, m, g, T lanes from `lane` on, e, half): a lane's words are numbered over (u // per, m).
+
+    Four words of a lane are together, and 32 lanes of them.
+    """
     TILES: tl.constexpr = byte.shape[0]
-    byte = tl.reshape(byte, [TILES, SIZE // TILES // 512, 4, 32, 4])  # tile, w // 4, w mod 4, lane, byte of the word
-    byte = tl.permute(byte, (0, 1, 3, 2, 4))
-    tl.store(codes + tl.arange(0, SIZE), tl.reshape(byte, [SIZE]).to(tl.uint8))
+    ROWS: tl.constexpr = byte.shape[1] * byte.shape[2] // 4
+    byte = tl.reshape(byte, [TILES, ROWS, 4, 8 * T, 4])  # tile, word // 4, word mod 4, lane, byte of the word
+    byte = tl.reshape(tl.permute(byte, (0, 1, 3, 2, 4)), [TILES * ROWS * 8 * T, 16])
+    i = tl.arange(0, TILES * ROWS * 8 * T)
+    at = i // (8 * T) * 512 + (i // T % 8 * 4 + lane + i % T) * 16
+    tl.store(codes + at[:, None] + tl.arange(0, 16)[None, :], byte.to(tl.uint8))
+
+
+@dataclass(frozen=True)
+class StoreTuning:
+    """warps: of a program; registers: at most so many a thread, None leaves it to the compiler."""
+
+    warps: int = 4
+    registers: int | None = None
+
+
+EXTEND_TUNING, STEP_TUNING = StoreTuning(), StoreTuning()
 
 
 def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                  tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor, q: torch.Tensor | None = None) -> None:
+                 seq_lens: torch.Tensor, q: torch.Tensor | None = None, tuning: StoreTuning = STEP_TUNING) -> None:
     """Store the one new token of each request, key and value (batch, kv_heads, D); seq_lens count it.
 
     q: (batch, q_heads, D), needed if keys are boosted.
     """
-    _launch(len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
+    _launch(tuning, len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
 
 
 def store_extend_pages(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                        tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
                        slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor,
-                       items: torch.Tensor, q: torch.Tensor | None = None, warps: int | None = None) -> None:
+                       items: torch.Tensor, q: torch.Tensor | None = None,
+                       tuning: StoreTuning = EXTEND_TUNING) -> None:
     """Store the pages that new_lens[b] tokens, rows[b] .. of key and value, complete; items from extend_items.
 
     q: (tokens, q_heads, D), rows as those of key; needed if keys are boosted.
     """
     if len(items):
-        _launch(len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, new_lens,
-                rows, items, warps, q)
+        _launch(tuning, len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens,
+                new_lens, rows, items, q)
 
 
 def store_extend_tails(key: torch.Tensor, value: torch.Tensor, tail_key: torch.Tensor, tail_value: torch.Tensor,
@@ -316,7 +345,7 @@ def store_extend_tails(key: torch.Tensor, value: torch.Tensor, tail_key: torch.T
                        rows: torch.Tensor) -> None:
     """Keep each request's page in progress: the new ones among its tokens, rows of key and value."""
     _, page, kv_heads, head_dim = tail_key.shape
-    page_kernel[(len(slots), kv_heads, 2)](
+    page_kernel[(len(slots), kv_heads, _parts(head_dim, page))](
         key, value, None, None, None, None, tail_key, tail_value, None, slots, seq_lens, new_lens, rows, None,
         key.stride(0), value.stride(0), 0, None, None, 0, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=0,
         KEY_META=0, VALUE_BITS=0, VALUE_META=0, DECODE=False, PAGES=False, TAILS=True, GROUP=0)
@@ -329,19 +358,23 @@ def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) ->
     return torch.tensor(items, dtype=torch.int32).view(-1, 2)
 
 
-def _launch(count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
-            tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-            seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None, rows: torch.Tensor | None = None,
-            items: torch.Tensor | None = None, warps: int | None = None, q: torch.Tensor | None = None) -> None:
+def _parts(head_dim: int, page: int) -> int:
+    return head_dim // CHANNELS.value + page // TOKENS.value
+
+
+def _launch(tuning: StoreTuning, count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages,
+            values: PackedPages, tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
+            slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None,
+            rows: torch.Tensor | None = None, items: torch.Tensor | None = None, q: torch.Tensor | None = None) -> None:
     _, page, kv_heads, head_dim = tail_key.shape
     group, q_stride = 0, 0
     if keys.extra is not None:
         if q is None:
             raise ValueError("boosted keys need the queries of the new tokens")
         group, q_stride = q.shape[1] // kv_heads, q.stride(0)
-    page_kernel[(count, kv_heads, 2)](
+    page_kernel[(count, kv_heads, _parts(head_dim, page))](
         key, value, keys.codes, keys.meta, values.codes, values.meta, tail_key, tail_value, req_to_token, slots,
         seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0),
         q if group else None, keys.extra, q_stride, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=keys.bits,
         KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits, VALUE_META=values.meta.shape[4], DECODE=items is None,
-        PAGES=True, TAILS=items is None, GROUP=group, num_warps=warps or page // 16)
+        PAGES=True, TAILS=items is None, GROUP=group, num_warps=tuning.warps, maxnreg=tuning.registers)

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -9,13 +11,23 @@ from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat, kv_format
 from kvtuner_sglang.quant.format import PER_CHANNEL, PER_TOKEN
 from kvtuner_triton import layout
 from kvtuner_triton.decode import PackedPages
-from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
+from kvtuner_triton.store import (
+    EXTEND_TUNING,
+    STEP_TUNING,
+    StoreTuning,
+    extend_items,
+    store_decode,
+    store_extend_pages,
+    store_extend_tails,
+)
 from kvtuner_triton.store_case import CONTENTS, expected, random_store_case
 from kvtuner_triton.store_token import store_by_location
 from kvtuner_triton.timing import ceilings, graph_times
 
 PAGE, KV_HEADS, D, TOKENS, LAYERS = 64, 4, 128, 8192, 28
 ROTATED_BYTES = 160e6  # more than the L2 cache
+TUNINGS = tuple(StoreTuning(warps, registers) for warps, registers in
+                ((2, None), (4, None), (4, 64), (8, None)))
 
 
 def paged(key_bits: int, value_bits: int, boost: bool | None = None) -> KVFormat:
@@ -77,10 +89,10 @@ class Prefill(Layers):
         self.rows = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.items = extend_items([TOKENS], [TOKENS], PAGE).cuda()
 
-    def run(self, warps: int | None = None) -> None:
+    def run(self, tuning: StoreTuning = EXTEND_TUNING) -> None:
         for *layer, q in zip(self.key, self.value, self.keys, self.values, self.q, strict=True):
             store_extend_pages(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
-                               self.items, q, warps)
+                               self.items, q, tuning)
             store_extend_tails(*layer[:2], *self.tails, self.slots, self.lengths, self.lengths, self.rows)
 
 
@@ -95,11 +107,11 @@ class Step(Layers):
         self.table = self.table.int()
         self.lengths = torch.full((batch,), PAGE, device="cuda") if complete else self.slots % PAGE + 1
 
-    def run(self) -> None:
+    def run(self, tuning: StoreTuning = STEP_TUNING) -> None:
         for i in range(LAYERS):
             j = i % self.sets
             store_decode(self.key[j], self.value[j], self.keys[j], self.values[j], *self.tails, self.table, self.slots,
-                         self.lengths, self.q[j])
+                         self.lengths, self.q[j], tuning)
 
 
 class Tokens(Layers):
@@ -118,16 +130,16 @@ def time_stores(copy_rate: float) -> Iterator[str]:
     """Rows of the table; copy_rate in GB/s, read and write counted."""
     for name in ("kv4", "kv4 plain", "kv8", "kv2"):
         case = Prefill(FORMATS[name])
-        works = {"": case.run}
-        if name == "kv4":
-            works |= {" 2 warps": lambda case=case: case.run(2), " 8 warps": lambda case=case: case.run(8)}
+        works = {f" {t.warps} warps {t.registers}": partial(case.run, t) for t in TUNINGS}
         for how, us in graph_times(works).items():
             yield rate_row(name + how, us / case.sets, case.bytes, copy_rate)
     case = Tokens(4)
     yield rate_row("kv4_token", graph_times({"": case.run})[""] / case.sets, case.bytes, copy_rate)
-    for complete in (False, True):
-        us = graph_times({"": Step(FORMATS["kv4"], 64, complete).run})[""] / LAYERS
-        yield f"store kv4 decode step, batch 64, {'all complete a page' if complete else 'spread'}: {us:.2f} us a layer"
+    for name, complete in product(("kv4", "kv4 plain"), (False, True)):
+        step = Step(FORMATS[name], 64, complete)
+        for how, us in graph_times({f"{t.warps} warps {t.registers}": partial(step.run, t) for t in TUNINGS}).items():
+            yield (f"store {name} decode step, batch 64, {'all complete a page' if complete else 'spread'}, {how}: "
+                   f"{us / LAYERS:.2f} us a layer")
 
 
 def rate_row(name: str, us: float, size: float, copy_rate: float) -> str:

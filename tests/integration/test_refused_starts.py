@@ -54,6 +54,12 @@ def test_sglang_features_that_no_test_covers(tiny_model, tmp_path, words):
         assert_refused(started, words[0])
 
 
+def test_a_plan_of_another_model(tiny_model, tmp_path):
+    words = ["--enable-kvtuner-quant", "--kvtuner-layer-config-file", "preset:qwen2_5_7b_per_token_4_00"]
+    with nodes(tiny_model, [words], tmp_path) as started:
+        assert_refused(started, "Qwen2ForCausalLM", "choose a plan made for this model")
+
+
 def plugin_without(hook: str, folder: Path) -> dict[str, str]:
     """An installed plugin that is ours but for one hook, and the environment that makes SGLang load it instead."""
     return other_plugin(folder, f"""

@@ -27,10 +27,13 @@ class Scheduler:
     """SGLang's bookkeeping in a few lines: slots, pages with reference counts, a prefix cache of whole pages."""
 
     def __init__(self, fmt: KVFormat | Sequence[KVFormat], seed: int, page: int = 8, *, padded: bool = False,
-                 **world: Any) -> None:
-        """padded: decode batches end with a request of slot 0 and length 1, as a CUDA graph's do."""
+                 unit: int | None = None, **world: Any) -> None:
+        """padded: decode batches end with a request of slot 0 and length 1, as a CUDA graph's do.
+
+        unit: prompts have up to 60 times as many tokens; None: they grow with the page.
+        """
         self.random, self.page, self.padded = random.Random(seed), page, padded
-        self.unit = page // 8  # lengths grow with the page
+        self.unit = unit or page // 8
         self.world = World(fmt, page_size=page, pages=80, slots=7, max_tokens=96 * self.unit, **world)
         g = torch.Generator().manual_seed(seed)
         self.k = torch.randn(VOCABULARY, KV_HEADS, HEAD_DIM, generator=g) * 2

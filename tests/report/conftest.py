@@ -30,12 +30,13 @@ BUDGET = 2**28
 
 
 def state_of(config: RunConfig, host: str) -> dict[str, Any]:
-    """What /server_info says of the ranks of `config`, with as many tokens as the formula gives the budget."""
+    """What /server_info says of the ranks of `config`, with as many tokens as the formula gives every budget."""
     dist, ranks = config.dist, []
     layers = 30 // dist.pp
-    plan = config.quant.plan(layers)
-    bytes_per_token = KVShape(3, 64, 4, 1).bytes_per_token(plan)
-    tokens = int(BUDGET // bytes_per_token)
+    plan = config.quant.plan(30)
+    bytes_per_token = [KVShape(3, 64, 4, 1).bytes_per_token(plan[i * layers : (i + 1) * layers])
+                       for i in range(dist.pp)]
+    tokens = int(BUDGET // max(bytes_per_token))
     for rank in range(dist.ranks):
         pp_rank = rank // dist.tp
         ranks.append({
@@ -43,7 +44,8 @@ def state_of(config: RunConfig, host: str) -> dict[str, Any]:
             "pid": 4000 + rank, "host": host, "device": "cpu",
             "attention": "reference", "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
             "layers": [pp_rank * layers, (pp_rank + 1) * layers], "kv_heads": 3, "head_dim": 64, "dtype": "float32",
-            "page_size": 1, "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token), "tail_bytes": 0,
+            "page_size": 1, "tokens": tokens, "pool_bytes": int((tokens + 1) * bytes_per_token[pp_rank]),
+            "tail_bytes": 0,
         })
     return {"format": describe_plan(plan), "enabled": config.quant.enabled, "page_size": 1,
             "plan_hash": "0123456789ab", "kv_gib": 0.25, "max_total_num_tokens": tokens, "effective_bits": 4.5,

@@ -86,6 +86,27 @@ def test_memory_says_what_counts(report: str, record: RunRecord) -> None:
     assert "the factor is 3.56" in text
 
 
+PLAN = """model: {architecture: LlamaForCausalLM, layers: 30, kv_heads: 3, head_dim: 64}
+default: {nbits_key: 4, nbits_value: 4, axis_key: 0}
+layers: {0-9: {nbits_key: 8, nbits_value: 8, axis_key: 0}}
+"""
+
+
+def test_a_mixed_plan_shows_bytes_by_rank_and_who_sets_the_capacity(make_run: Callable[..., RunRecord],
+                                                                    tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(PLAN)
+    record = make_run("quant=plan", f"plan.path={tmp_path / 'mixed.yaml'}", "dist=pp2")
+    text = section(render(record), "### 3. Memory usage")
+    table = rows(text.split("proves nothing", 1)[1])
+    bytes_a_token = [3 * 2 * (10 * (64 + 4) + 5 * (32 + 4)), 3 * 2 * 15 * (32 + 4)]
+    room = [2**28 // n for n in bytes_a_token]
+    assert [row[4] for row in table] == [f"{n:.1f}" for n in bytes_a_token]
+    assert [row[-2] for row in table] == [str(n) for n in room]
+    assert (f"rank 0 (layers 0-14, {bytes_a_token[0]:.1f} bytes) has room for {room[0]}, the fewest, which all offer; "
+            f"another would have room for {room[1]}") in text
+    assert "| plan_mixed: layers 0-9: K 8 bit per token" in render(record)
+
+
 def test_one_host_is_said(report: str, make_run: Callable[..., RunRecord]) -> None:
     text = section(report, "## Distributed architecture")
     assert "All 2 nodes ran on one host (test-host)" in text

@@ -53,6 +53,19 @@ def test_a_group_that_does_not_divide_the_head(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_plan_of_another_model(tmp_path: Path) -> None:
+    line = refused("quant=plan", "plan.path=preset:llama_3_1_8b_kivi_3_25", f"runs_dir={tmp_path / 'runs'}")
+    assert "the plan is for Llama-3.1-8B with layers 32 but the model served has layers 30" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_that_leaves_a_layer_out(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"layer_bits": {"0-28": 4}}')
+    line = refused("quant=plan", f"plan.path={tmp_path / 'plan.json'}", f"runs_dir={tmp_path / 'runs'}")
+    assert "plan.json: the plan says nothing of layer 29: list it, or give the plan a default" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     line = refused("model=local", f"model.path={tmp_path / 'nothing'}", f"runs_dir={tmp_path / 'runs'}")
     assert "nothing" in line
