@@ -9,7 +9,7 @@ from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant.plan_file import ModelIdentity
 from kvtuner_sglang.tuner import baselines
 from kvtuner_sglang.tuner.baselines import FORMATS, first_last
-from kvtuner_sglang.tuner.menu import Menu, pair_name
+from kvtuner_sglang.tuner.menu import Menu, layer_format, pair_name
 
 CONF = Path(__file__).parents[2] / "conf"
 MENU = Menu(("2", "4s", "4", "4b", "8"), ("2s", "4s", "8s"), 64, 128)
@@ -22,6 +22,11 @@ def test_every_format_of_conf_quant_is_compared():
     assert files == FORMATS.keys()
     for name, fmt in FORMATS.items():
         assert command_line.load([f"quant={name}"], CONF).quant.plan(1)[0] == fmt
+
+
+@pytest.mark.parametrize("fmt", [*MENU.pairs, *FORMATS.values()], ids=pair_name)
+def test_a_plan_file_has_words_for_every_format(fmt):
+    assert layer_format(fmt).kv_format() == fmt
 
 
 def test_uniform_plans_have_every_page_and_count_their_metadata():

@@ -1,6 +1,7 @@
 """The whole task on a tiny model: what it leaves, that it resumes, and what is published of it."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from kvtuner_sglang.tuner.menu import effective_bits, pair_name
 from kvtuner_sglang.tuner.publish import COLUMNS, main, publish
 from kvtuner_sglang.tuner.report import render, verdicts
 
+CONF = Path(__file__).parents[2] / "conf"
 FILES = {"record.json", "requests.jsonl", "plan.yaml", "report.md", "study.db",
          *(f"{name}{suffix}" for name in ("sensitivity", "pareto", "additive") for suffix in (".pdf", ".png"))}
 IDENTITY = ModelIdentity("LlamaForCausalLM", 3, 2, 64)
@@ -101,6 +103,11 @@ def test_bad_settings_are_one_sentence(words, part, run_tune, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "tune").glob("*.yaml")))
+def test_every_file_of_conf_tune_composes(name):
+    assert command_line.load([f"tune={name}", "task=tune"], CONF).tune.name == name
+
+
 def clean(run_dir, folder):
     """A copy of the run as a checkout without changes would have made it."""
     copy = folder / run_dir.name
@@ -144,11 +151,9 @@ def test_only_a_finished_run_with_a_plan_is_published(finished_run, tmp_path):
     assert not (tmp_path / "tuner").exists()
 
 
-def test_a_tune_run_depends_on_nothing_but_what_it_uses(run_tune):
-    conf = run_tune.__globals__["CONF"]
-
+def test_a_tune_run_depends_on_nothing_but_what_it_uses():
     def hash_of(*words):
-        return command_line.load(["task=tune", *words], conf).config_hash
+        return command_line.load(["task=tune", *words], CONF).config_hash
 
     assert hash_of() == hash_of("quant=kv8") == hash_of("dist=tp2")
     assert len({hash_of(), hash_of("tune.bits=3.25"), hash_of("seed=1"), hash_of("server.device=cpu")}) == 4

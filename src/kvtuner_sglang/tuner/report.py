@@ -89,8 +89,8 @@ def _search(candidates: Sequence[dict[str, Any]], tune: dict[str, Any]) -> str:
     found = "none" if best["nsga2"] is None else f"{best['nsga2']:.4f}"
     from_model = sum(row["origin"] == "additive" for row in candidates)
     return (f"{len(candidates)} plans within the budget were scored on {tune['calibration_tokens']} tokens. Least KL "
-            f"of the {from_model} that the additive model gave: {best['additive']:.4f}; of those that NSGA-II bred from "
-            f"them: {found}.")
+            f"of the {from_model} that the additive model gave: {best['additive']:.4f}; of those that NSGA-II bred "
+            f"from them: {found}.")
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:
