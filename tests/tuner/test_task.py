@@ -10,8 +10,9 @@ from kvtuner_sglang import command_line
 from kvtuner_sglang.errors import ConfigError, MeasurementInvalid, UserError
 from kvtuner_sglang.evidence.record import load_record, write_record
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.quality import compare
 from kvtuner_sglang.quant.plan_file import ModelIdentity, load_plan
-from kvtuner_sglang.tuner import compare_plans, scoring
+from kvtuner_sglang.tuner import compare_plans, config, scoring
 from kvtuner_sglang.tuner.figures import of_kind
 from kvtuner_sglang.tuner.held_out import require_disjoint
 from kvtuner_sglang.tuner.menu import effective_bits, pair_name
@@ -95,12 +96,17 @@ def test_texts_that_overlap_are_refused():
 
 @pytest.mark.parametrize(("words", "part"), [
     (["tune.calibration_window=100"], "two pages"), (["tune.calibration_tokens=1000"], "whole windows"),
+    (["tune.heldout_tokens=199"], "standard error"),
     (["tune.values=[4b]"], "4 bits can be boosted"), (["tune.keys=[3]"], "tune.keys"), (["tune.bits=0"], "tune.bits"),
 ])
 def test_bad_settings_are_one_sentence(words, part, run_tune, tmp_path):
     with pytest.raises(ConfigError, match=part):
         run_tune(tmp_path, *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_least_held_out_text_is_two_blocks_of_its_error():
+    assert config.BLOCK_TOKENS == compare.BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "tune").glob("*.yaml")))

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
 
+BLOCK_TOKENS = 100  # of quality.compare, which this file must not import: it takes seconds
 PositiveInt = Annotated[int, Field(gt=0)]
 Word = Annotated[str, Field(pattern="^(2|4|8)[bs]?$")]
 
@@ -43,6 +44,9 @@ class TuneConfig:
             raise ConfigError(f"tune.calibration_window={self.calibration_window} does not fit: give at least two "
                               f"pages of {self.page_size}, and whole windows in tune.calibration_tokens="
                               f"{self.calibration_tokens}.")
+        if self.heldout_tokens < 2 * BLOCK_TOKENS:
+            raise ConfigError(f"tune.heldout_tokens={self.heldout_tokens} is too little for a standard error: give "
+                              f"{2 * BLOCK_TOKENS} or more.")
         for word in {*self.keys} - {"4b"} | {*self.values}:
             if word.endswith("b"):
                 raise ConfigError(f"tune has the format {word}, but only keys of 4 bits can be boosted: write 4b among "
