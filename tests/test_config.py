@@ -12,8 +12,7 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed")
-SPEED_ALONE = {"model=qwen2_5_7b_dummy", "model=tiny_dummy", "quant=fp8"}  # one rank, and no other task
+GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed", "agreement")
 
 
 def options(group: str) -> list[str]:
@@ -24,20 +23,13 @@ def load(*overrides: str):
     return command_line.load(overrides, CONF)
 
 
-def fits(one: str, other: str) -> bool:
-    return not (SPEED_ALONE & {one, other} and any(word.startswith("dist=") and word != "dist=single"
-                                                   for word in (one, other)))
-
-
-PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)
-         if fits(f"{g}={a}", f"{h}={b}")]
+PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda word: word)
 def test_every_pair_of_options_composes(one, other):
     more = ["model.path=/checkpoint"] if "model=local" in (one, other) else []
     more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if "quant=plan" in (one, other) else []
-    more += ["task=speed"] if SPEED_ALONE & {one, other} else []
     config = load(one, other, *more)
     for word in (one, other):
         group, _, name = word.partition("=")
@@ -48,7 +40,7 @@ def test_every_pair_of_options_composes(one, other):
 
 @pytest.mark.parametrize("name", [name for name in options("quant") if name != "plan"])
 def test_a_quant_file_is_what_its_name_says(name):
-    quant = load(f"quant={name}", *(["task=speed"] if name == "fp8" else [])).quant
+    quant = load(f"quant={name}").quant
     if name in ("bf16", "fp8"):
         assert not quant.enabled
         assert quant.kv_cache_dtype == {"bf16": "auto", "fp8": "fp8_e4m3"}[name]
@@ -137,6 +129,10 @@ def test_plans_that_cannot_be(words, part):
         (["+quant.foo=1"], "quant.foo"),
         (["model=local"], "model.path"),
         (["task=fly"], "choose from"),
+        (["task=agreement", "model=tiny_dummy"], "random weights"),
+        (["task=agreement", "dist=tp2"], "choose dist=single"),
+        (["task=agreement", "agreement.dists=[tp4]"], "must name some of"),
+        (["task=agreement", "agreement.prompt_tokens=2040"], "server.context_length"),
         (["quant=kv4,kv8"], "add -m"),
     ],
 )
@@ -185,3 +181,22 @@ def test_help_shows_the_groups_and_an_example():
     assert done.returncode == 0
     for text in ("quant=kv4 dist=tp2pp2", "kv2_token", "seed_report", "force=true"):
         assert text in done.stdout
+
+
+def test_the_layouts_of_an_agreement_are_the_options_of_dist():
+    layouts = load("task=agreement").agreement.layouts
+    assert layouts == {name: load(f"dist={name}").dist for name in options("dist") if name != "single"}
+    assert [layouts[name].nnodes for name in load().agreement.dists] == [2, 2, 2]
+
+
+def test_only_its_own_group_changes_the_folder_of_an_agreement():
+    run_dir = load("task=agreement").run_dir
+    assert load("task=agreement", "workload=seed_report").run_dir == run_dir
+    assert load("task=agreement", "agreement.prompts=6").run_dir != run_dir
+    assert load("agreement.prompts=6").run_dir == load().run_dir
+
+
+def test_a_level_has_its_requests_or_its_rounds_if_those_are_more():
+    load_of = load("workload=seed_report_gpu").workload.throughput
+    assert [load_of.requests_at(n) for n in load_of.concurrency] == [6, 6, 8, 16, 32, 64, 128]
+    assert load("workload=seed_report").workload.throughput.requests_at(8) == 16

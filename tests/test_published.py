@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_sglang.agreement import publish as agreement
+from kvtuner_sglang.agreement import tidy as agreement_table
 from kvtuner_sglang.evidence.published import publishable, slug
 from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
@@ -56,3 +58,10 @@ def test_the_engine_tables_are_what_the_records_give():
     tables = {path.stem: path.read_text() for path in folder.glob("*.csv")}
     given = {slug(str(gpu)): to_csv(rows) for gpu, rows in table_of(records).groupby("gpu")} if records else {}
     assert tables == given
+
+
+def test_the_agreement_table_is_what_the_records_give():
+    folder = PUBLISHED / "agreement"
+    records = agreement.published(folder)
+    tables = [path.read_text() for path in folder.glob("*.csv")]
+    assert tables == ([agreement_table.to_csv(agreement_table.table_of(records))] if records else [])

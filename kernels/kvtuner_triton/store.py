@@ -1,7 +1,8 @@
 """Store new keys and values: quantize and pack complete pages, keep the page in progress.
 
-Decoding does both in one launch a layer.  An extend takes two, since attention comes between them: it reads the new
-pages as stored (unpack.py), and the page in progress as it was before (prefix.py).
+One launch a layer, before attention, which reads the new pages as stored (unpack.py).  An extend's queries also read
+what their first page had before (prefix.py): a request that begins inside a page and completes it keeps its new page in
+progress in a second launch, after attention.
 
 Bit for bit what reference.py and fragments.py give on a CPU.  With low, high over a group (keys: a channel of the page;
 values: a token), all in fp32:
@@ -21,9 +22,9 @@ on a CPU by a bit.)
 
 Request b has new tokens at positions seq_lens[b] - new .. seq_lens[b] - 1, rows rows[b] .. of key and value.  Each page
 they complete is one item, quantized from the rows and, for the first, from the slot's tail; the page of the last token
-is kept in the tail, complete or not, since that token's own query reads it there.  Only a request's first item reads
-its tail.  Decoding: one new token, one item a request, which reads the tail, then writes it, so the grid depends on the
-batch alone; padded requests have slot 0 and length 1 and write to tail 0.
+is another, kept in the tail, complete or not, since that token's own query reads it there.  Decoding: one new token,
+and one item a request that does both, so the grid depends on the batch alone; padded requests have slot 0 and length 1
+and write to tail 0.  No item reads from a tail what another one writes: new tokens of a page come from the rows.
 
     key, value (tokens, kv_heads, D), q (tokens, q_heads, D), rows strided, 16 bit or fp32; q only for boosted keys
     codes, meta, extra as layout.py has them, codes in fragment order, extra in that of slots
@@ -57,59 +58,53 @@ def page_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_k
                 new_lens, rows, items, key_stride, value_stride, table_stride, q, key_extra, q_stride,
                 KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr,
                 KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, DECODE: tl.constexpr,
-                PAGES: tl.constexpr, TAILS: tl.constexpr, GROUP: tl.constexpr):
+                GROUP: tl.constexpr):
     """Program (i, head, part) does a part of item i and kv head `head`: D / 64 of keys first, then PAGE / 32 of values.
 
-    PAGES: store complete pages; TAILS: keep the page in progress, after reading it where both are done.
     GROUP: query heads a kv head, 0 if keys are not boosted; q and key_extra are None then.
     """
     KEY_PARTS: tl.constexpr = D // CHANNELS
     head = tl.program_id(1)
     part = tl.program_id(2)
     b = tl.program_id(0)
-    number = 0
     if DECODE:
         end = tl.load(seq_lens + b).to(tl.int32)
-        start = end - 1
-        row = b
+        start, row, number = end - 1, b, 0
+        complete, keep = end % PAGE == 0, True
     else:
-        if PAGES:
-            number = tl.load(items + 2 * b + 1)
-            b = tl.load(items + 2 * b)
+        number = tl.load(items + 2 * b + 1)
+        b = tl.load(items + 2 * b)
         end = tl.load(seq_lens + b).to(tl.int32)
         start = end - tl.load(new_lens + b).to(tl.int32)
         row = tl.load(rows + b).to(tl.int32)
+        complete, keep = number >= 0, number < 0
     slot = tl.load(slots + b).to(tl.int64)
     first = (start // PAGE + number) * PAGE
-    if PAGES:
-        page = tl.load(table + slot * table_stride + first, mask=first + PAGE <= end, other=0).to(tl.int64) // PAGE
-        at = page * KV_HEADS + head
+    page = tl.load(table + slot * table_stride + first, mask=complete, other=0).to(tl.int64) // PAGE
+    at = page * KV_HEADS + head
     row = row.to(tl.int64) - start  # of position 0
     if part < KEY_PARTS:
         channel = part * CHANNELS + tl.arange(0, CHANNELS)
         new, tail = key + head * D, tail_key + (slot * PAGE * KV_HEADS + head) * D
-        if PAGES:  # noqa: SIM102 - decided when compiling
-            if first + PAGE <= end:
-                codes, meta = key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META)
-                if GROUP > 0:
-                    query = q + (row + first + PAGE - 1) * q_stride + head * (GROUP * D)
-                    store_boosted_keys(new, row, key_stride, tail, start, first, part, codes, meta, query,
-                                       key_extra + at * (PAGE * D // 32), KV_HEADS, D, PAGE, GROUP)
-                else:
-                    store_keys(new, row, key_stride, tail, start, first, part, codes, meta, KV_HEADS, D, PAGE,
-                               KEY_BITS, KEY_META)
-        if TAILS:
+        if complete:
+            codes, meta = key_codes + at * (PAGE * D * KEY_BITS // 8), key_meta + at * (D * KEY_META)
+            if GROUP > 0:
+                query = q + (row + first + PAGE - 1) * q_stride + head * (GROUP * D)
+                store_boosted_keys(new, row, key_stride, tail, start, first, part, codes, meta, query,
+                                   key_extra + at * (PAGE * D // 32), KV_HEADS, D, PAGE, GROUP)
+            else:
+                store_keys(new, row, key_stride, tail, start, first, part, codes, meta, KV_HEADS, D, PAGE, KEY_BITS,
+                           KEY_META)
+        if keep:
             keep_page(new, row, key_stride, tail, start, end, 0, channel, PAGE, KV_HEADS, D, PAGE, DECODE)
     else:
-        part -= KEY_PARTS
-        token = part * TOKENS
+        token = (part - KEY_PARTS) * TOKENS
         new, tail = value + head * D, tail_value + (slot * PAGE * KV_HEADS + head) * D
-        if PAGES:  # noqa: SIM102 - decided when compiling
-            if first + PAGE <= end:
-                store_values(new, row, value_stride, tail, start, first, token,
-                             value_codes + at * (PAGE * D * VALUE_BITS // 8) + token * (D * VALUE_BITS // 8),
-                             value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, VALUE_BITS, VALUE_META)
-        if TAILS:
+        if complete:
+            store_values(new, row, value_stride, tail, start, first, token,
+                         value_codes + at * (PAGE * D * VALUE_BITS // 8) + token * (D * VALUE_BITS // 8),
+                         value_meta + at * (PAGE * VALUE_META), KV_HEADS, D, VALUE_BITS, VALUE_META)
+        if keep:
             keep_page(new, row, value_stride, tail, start, end, token, tl.arange(0, D), TOKENS, KV_HEADS, D, PAGE,
                       DECODE)
 
@@ -132,6 +127,7 @@ def store_boosted_keys(new, row, stride, tail, start, first, part, codes, meta, 
                        D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr):
     """The same with four bits, and eight in one channel of each slot. query: (GROUP, D) at the page's last position."""
     SLOTS: tl.constexpr = CHANNELS // 16
+    tl.static_assert(SLOTS == 4)
     channel, token = part * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PAGE)
     x = load_page(new, row, stride, tail, start, first, token, channel, KV_HEADS, D).to(tl.float32)
     low = tl.min(x, axis=0)
@@ -149,14 +145,11 @@ def store_boosted_keys(new, row, stride, tail, start, first, part, codes, meta, 
         tl.float16, bitcast=True))
     tl.store(meta + D + channel, zero.to(tl.float16))
     code = quantize_up_to(x, scale[None, :], zero[None, :], top[None, :])
-    store_key_codes(codes, tl.where(boosted[None, :], code >> 4, code), part, D, PAGE, 4)
-    # Their second halves: to read and quantize 1/16 of the page again costs less than to pick columns out of it.
-    x = load_page(new, row, stride, tail, start, first, token, best, KV_HEADS, D).to(tl.float32)
-    low = tl.min(x, axis=0)
-    scale, zero = to_fp16(divide(tl.max(x, axis=0) - low, tl.full(low.shape, 255.0, tl.float32))), to_fp16(low)
-    half = quantize(x, scale[None, :], zero[None, :], 8, 2) & 15
-    half = half << (token % 4 * 4)[:, None]
-    unit = tl.sum(tl.reshape(half, [PAGE // 4, 4, SLOTS]), axis=1)
+    store_key_codes(codes, code >> tl.where(boosted, 4, 0)[None, :], part, D, PAGE, 4)
+    # Second halves: a token's four fill 16 bits, and there is one boosted channel a slot, so that a sum picks them.
+    half = (code & tl.where(boosted, 15, 0)[None, :]) << (boost_slot(channel) % SLOTS * 4)[None, :]
+    half = tl.reshape(tl.sum(half, axis=1), [PAGE // 4, 4, 1]) >> (tl.arange(0, SLOTS) * 4)[None, None, :] & 15
+    unit = tl.sum(half << (tl.arange(0, 4) * 4)[None, :, None], axis=1)
     at = tl.arange(0, PAGE // 4)[:, None] * (D // 16) + part * SLOTS + tl.arange(0, SLOTS)[None, :]
     tl.store(extra.to(tl.pointer_type(tl.int16)) + at, unit.to(tl.int16))
 
@@ -276,18 +269,35 @@ def divide(d, s):
 
 @triton.jit
 def quantize(x, scale, zero, BITS: tl.constexpr, META: tl.constexpr):
-    """Codes int32 of x fp32; scale and zero broadcast to it. A scale of zero: code 0, or the middle if symmetric."""
+    """Codes of x fp32, as integers_of has them; scale and zero broadcast to it.
+
+    A scale of zero: code 0, or the middle if symmetric.
+    """
     if META == 2:
         return quantize_up_to(x, scale, zero, (1 << BITS) - 1.0)
-    steps = tl.floor(divide(x, tl.where(scale != 0, scale, 1.0)) + 0.5) + (1 << (BITS - 1))
-    return tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    middle: tl.constexpr = 1 << (BITS - 1)
+    steps = divide(x, tl.where(scale != 0, scale, 1.0)) + 0.5
+    return integers_of(tl.minimum(tl.maximum(steps, -1.0 * middle), middle - 0.5), middle)
 
 
 @triton.jit
 def quantize_up_to(x, scale, zero, top):
-    """Asymmetric codes 0 .. top; what is not negative need not be floored: conversion does."""
+    """Asymmetric codes 0 .. top, as integers_of has them."""
     steps = divide(x - zero, tl.where(scale > 0, scale, 1.0)) + 0.5
-    return tl.minimum(tl.maximum(steps, 0.0), tl.where(scale > 0, top, 0.0)).to(tl.int32)
+    return integers_of(tl.minimum(tl.maximum(steps, 0.0), tl.where(scale > 0, top, 0.0)), 0)
+
+
+@triton.jit
+def integers_of(x, plus: tl.constexpr):
+    """floor(x) + plus in the low 16 bits of int32, for -plus <= x < 2^16; what is above them is left undefined.
+
+    2^23 + x rounded towards zero has the integer in its last bits: one addition, where a conversion takes eight times
+    as long.
+    """
+    if FUSED:
+        return tl.inline_asm_elementwise("add.rz.f32 $0, $1, $2;", "=r,f,f", [x, tl.full(x.shape, 8388608.0 + plus,
+                                         tl.float32)], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.floor(x).to(tl.int32) + plus
 
 
 @triton.jit
@@ -326,36 +336,34 @@ def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, valu
     _launch(tuning, len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
 
 
-def store_extend_pages(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
-                       tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
-                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor,
-                       items: torch.Tensor, q: torch.Tensor | None = None,
-                       tuning: StoreTuning = EXTEND_TUNING) -> None:
-    """Store the pages that new_lens[b] tokens, rows[b] .. of key and value, complete; items from extend_items.
+def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
+                 tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
+                 seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
+                 q: torch.Tensor | None = None, tuning: StoreTuning = EXTEND_TUNING) -> None:
+    """Store what new_lens[b] tokens, rows[b] .. of key and value, complete, and keep the rest, as `items` say.
 
-    q: (tokens, q_heads, D), rows as those of key; needed if keys are boosted.
+    items: one of the two tables of extend_items.  q: (tokens, q_heads, D), rows as those of key; needed if keys are
+    boosted.
     """
     if len(items):
         _launch(tuning, len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens,
                 new_lens, rows, items, q)
 
 
-def store_extend_tails(key: torch.Tensor, value: torch.Tensor, tail_key: torch.Tensor, tail_value: torch.Tensor,
-                       slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor,
-                       rows: torch.Tensor) -> None:
-    """Keep each request's page in progress: the new ones among its tokens, rows of key and value."""
-    _, page, kv_heads, head_dim = tail_key.shape
-    page_kernel[(len(slots), kv_heads, _parts(head_dim, page))](
-        key, value, None, None, None, None, tail_key, tail_value, None, slots, seq_lens, new_lens, rows, None,
-        key.stride(0), value.stride(0), 0, None, None, 0, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=0,
-        KEY_META=0, VALUE_BITS=0, VALUE_META=0, DECODE=False, PAGES=False, TAILS=True, GROUP=0)
+def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to store before attention and what after it, (items, 2) int32 each: request, and which of its pages.
 
-
-def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) -> torch.Tensor:
-    """(items, 2) int32: request, and number of a page that it completes counted from its first; maybe none."""
-    items = [(b, i) for b, (end, new) in enumerate(zip(seq_lens, new_lens, strict=True))
-             for i in range(end // page - (end - new) // page)]
-    return torch.tensor(items, dtype=torch.int32).view(-1, 2)
+    The page is counted from the request's first; -1 stands for keeping the page in progress.
+    """
+    before: list[tuple[int, int]] = []
+    after: list[tuple[int, int]] = []
+    for b, (end, new) in enumerate(zip(seq_lens, new_lens, strict=True)):
+        start = end - new
+        completed = end // page - start // page
+        before += [(b, i) for i in range(completed)]
+        (after if completed and start % page else before).append((b, -1))
+    first, second = (torch.tensor(items, dtype=torch.int32).view(-1, 2) for items in (before, after))
+    return first, second
 
 
 def _parts(head_dim: int, page: int) -> int:
@@ -377,4 +385,4 @@ def _launch(tuning: StoreTuning, count: int, key: torch.Tensor, value: torch.Ten
         seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0),
         q if group else None, keys.extra, q_stride, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=keys.bits,
         KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits, VALUE_META=values.meta.shape[4], DECODE=items is None,
-        PAGES=True, TAILS=items is None, GROUP=group, num_warps=tuning.warps, maxnreg=tuning.registers)
+        GROUP=group, num_warps=tuning.warps, maxnreg=tuning.registers)

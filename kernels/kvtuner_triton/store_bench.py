@@ -17,8 +17,7 @@ from kvtuner_triton.store import (
     StoreTuning,
     extend_items,
     store_decode,
-    store_extend_pages,
-    store_extend_tails,
+    store_extend,
 )
 from kvtuner_triton.store_case import CONTENTS, expected, random_store_case
 from kvtuner_triton.store_token import store_by_location
@@ -87,13 +86,12 @@ class Prefill(Layers):
         self.table = (pages[:, None] * PAGE + torch.arange(PAGE, device="cuda")).view(1, -1).int().repeat(2, 1)
         self.slots, self.lengths = (torch.tensor([n], device="cuda") for n in (1, TOKENS))
         self.rows = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.items = extend_items([TOKENS], [TOKENS], PAGE).cuda()
+        self.items = extend_items([TOKENS], [TOKENS], PAGE)[0].cuda()
 
     def run(self, tuning: StoreTuning = EXTEND_TUNING) -> None:
         for *layer, q in zip(self.key, self.value, self.keys, self.values, self.q, strict=True):
-            store_extend_pages(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
-                               self.items, q, tuning)
-            store_extend_tails(*layer[:2], *self.tails, self.slots, self.lengths, self.lengths, self.rows)
+            store_extend(*layer, *self.tails, self.table, self.slots, self.lengths, self.lengths, self.rows,
+                         self.items, q, tuning)
 
 
 class Step(Layers):

@@ -10,14 +10,14 @@ from kvtuner_sglang.quant.format import PER_CHANNEL, PER_TOKEN
 from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
 from kvtuner_triton.layout import Order
-from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
+from kvtuner_triton.store import extend_items, store_decode, store_extend
 
 CONTENTS = ("normal", "bias", "steps", "constant", "tiny", "huge")
 
 
 @dataclass(frozen=True)
 class StoreCase:
-    """Arguments of store.store_extend_pages; `slots`, `seq_lens`, `new_lens` and `rows` are on the device."""
+    """Arguments of store.store_extend; `slots`, `seq_lens`, `new_lens` and `rows` are on the device."""
 
     q: torch.Tensor
     key: torch.Tensor
@@ -50,18 +50,17 @@ class StoreCase:
             store_decode(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value,
                          self.req_to_token, self.slots, self.seq_lens, self.queries)
             return
-        self.store_pages()
-        self.store_tails()
+        for items in self.items:
+            self.store(items)
 
-    def store_pages(self) -> None:
-        items = extend_items(self.seq_lens.tolist(), self.new_lens.tolist(), self.tail_key.shape[1])
-        store_extend_pages(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value,
-                           self.req_to_token, self.slots, self.seq_lens, self.new_lens, self.rows,
-                           items.to(self.key.device), self.queries)
+    @property
+    def items(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What an extend stores before attention, and after it."""
+        return extend_items(self.seq_lens.tolist(), self.new_lens.tolist(), self.tail_key.shape[1])
 
-    def store_tails(self) -> None:
-        store_extend_tails(self.key, self.value, self.tail_key, self.tail_value, self.slots, self.seq_lens,
-                           self.new_lens, self.rows)
+    def store(self, items: torch.Tensor) -> None:
+        store_extend(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value, self.req_to_token,
+                     self.slots, self.seq_lens, self.new_lens, self.rows, items.to(self.key.device), self.queries)
 
     @property
     def queries(self) -> torch.Tensor | None:

@@ -28,7 +28,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 STRICT = ConfigDict(extra="forbid")
-LOADS = {"quality": "quality", "speed": "speed"}  # which group says how much a task measures; workload for the others
+# Which group says how much a task measures; workload for the others.
+LOADS = {"quality": "quality", "speed": "speed", "agreement": "agreement"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -154,12 +155,17 @@ class TtftConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ThroughputConfig:
-    """Closed loop: `requests` requests of `prompt_tokens` in and `output_tokens` out at each concurrency."""
+    """Closed loop of requests of `prompt_tokens` in and `output_tokens` out at each concurrency."""
 
     concurrency: tuple[PositiveInt, ...]
     requests: PositiveInt
+    rounds: Annotated[int, Field(ge=0)]
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
+
+    def requests_at(self, concurrency: int) -> int:
+        """How many requests a level sends: `requests`, or `rounds` per worker if that is more."""
+        return max(self.requests, self.rounds * concurrency)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -167,6 +173,23 @@ class WorkloadConfig:
     name: str
     ttft: TtftConfig
     throughput: ThroughputConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class AgreementConfig:
+    """Greedy requests on one rank and on each layout that `dists` names, `at_once` of them in flight.
+
+    noise: relative noise on keys and values that gives the noise floor, null for that of the dtype served in.
+    """
+
+    name: str
+    layouts: dict[str, DistConfig]
+    dists: tuple[str, ...]
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    new_tokens: PositiveInt
+    at_once: PositiveInt
+    noise: PositiveFloat | None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -193,7 +216,7 @@ class ReportConfig:
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed", "tune"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "agreement", "tune"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -203,6 +226,7 @@ class RunConfig:
     kernels: KernelsConfig
     speed: SpeedConfig
     tune: TuneConfig
+    agreement: AgreementConfig
     tracking: TrackingConfig
     plan: PlanConfig
     report: ReportConfig
@@ -222,7 +246,8 @@ class RunConfig:
             kept = {k: v for k, v in self.to_dict().items() if k in ("task", "model", "tune", "seed")}
             kept["device"] = self.server.device
         else:
-            other_tasks = {"workload", "quality", "kernels", "speed", "tune"} - {LOADS.get(self.task, "workload")}
+            loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
+            other_tasks = loads - {LOADS.get(self.task, "workload")}
             left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
             kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
@@ -293,6 +318,7 @@ def check(config: RunConfig) -> None:
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
     _check_speed(config)
+    _check_agreement(config)
     load = config.workload.throughput
     longest = max([*config.workload.ttft.prompt_tokens, load.prompt_tokens + load.output_tokens])
     if longest + 8 > server.context_length:
@@ -316,10 +342,12 @@ def _check_speed(config: RunConfig) -> None:
     """What fits task=speed, and what fits no other task."""
     quant, speed = config.quant, config.speed
     if config.task != "speed":
-        if config.model.source.startswith("dummy:"):
-            raise ConfigError(f"model={config.model.name} has random weights, so only task=speed can use it.")
-        if quant.kv_cache_dtype != "auto":
-            raise ConfigError(f"quant={quant.name} is SGLang's own cache, which only task=speed measures as a peer.")
+        if config.task != "serve" and config.model.source.startswith("dummy:"):
+            raise ConfigError(f"model={config.model.name} has random weights, so only task=speed and task=serve can "
+                              "use it.")
+        if config.task != "serve" and quant.kv_cache_dtype != "auto":
+            raise ConfigError(f"quant={quant.name} is SGLang's own cache, which only task=speed and task=serve measure "
+                              "as a peer.")
         return
     if quant.enabled and (quant.kv_cache_dtype != "auto" or speed.backend != "auto"):
         raise ConfigError(f"quant={quant.name} is served by the plugin's own attention: leave "
@@ -333,3 +361,18 @@ def _check_speed(config: RunConfig) -> None:
                           f"{speed.context_length}: raise it or choose shorter cells.")
     if not (speed.decode or speed.saturation or speed.ttft_tokens or speed.ttft_cached):
         raise ConfigError(f"speed={speed.name} measures nothing: give speed.decode or speed.ttft_tokens.")
+
+
+def _check_agreement(config: RunConfig) -> None:
+    if config.task != "agreement":
+        return
+    agreement = config.agreement
+    if config.dist.ranks > 1:
+        raise ConfigError("task=agreement compares with one rank: choose dist=single and name layouts in "
+                          "agreement.dists.")
+    if not agreement.dists or not set(agreement.dists) <= set(agreement.layouts):
+        raise ConfigError(f"agreement.dists={list(agreement.dists)} must name some of {', '.join(agreement.layouts)}.")
+    longest = agreement.prompt_tokens + agreement.new_tokens
+    if longest + 8 > config.server.context_length:
+        raise ConfigError(f"agreement needs {longest} tokens but server.context_length is "
+                          f"{config.server.context_length}: raise it or choose shorter prompts.")

@@ -9,19 +9,26 @@ import json
 
 import pytest
 import torch
-from agreement import AT_ONCE, PAGE, PROMPTS, ask, flush_cache, moved, prompts_of, texts_equal
 from launch import nodes, wait_ready
 
-NOISE = 2.0**-10
+from kvtuner_sglang.agreement import answers
+from kvtuner_sglang.agreement.answers import flush_cache
+from kvtuner_sglang.agreement.compare import NOISE, enough, moved, texts_equal
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAGE, AT_ONCE = 32, 180, 24, 64, 16
 FLAGS = ("--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "1",
          "--max-running-requests", str(AT_ONCE), "--context-length", "2048")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
+def ask(url, prompts, at_once=1):
+    return answers.ask(url, prompts, NEW_TOKENS, at_once)
+
+
 @pytest.fixture(scope="module")
 def prompts(checkpoint):
-    return prompts_of(checkpoint.path)
+    return answers.prompts_of(checkpoint.path, PROMPTS, PROMPT_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,16 @@ def graphs(serve, prompts):
 
 @pytest.fixture(scope="module")
 def floor(serve, prompts, graphs):
-    with serve("--kvtuner-kv-noise", str(NOISE)) as node:
-        differences = moved(graphs[0], ask(node.url, prompts))
+    with serve("--kvtuner-kv-noise", str(NOISE["bfloat16"])) as node:
+        differences = moved(graphs[0], noisy := ask(node.url, prompts))
+    assert enough(differences, noisy)
     assert differences.mean() > 1e-4
     return differences
 
 
 def check(name, floor, some, others):
     differences = moved(some, others)
+    assert enough(differences, others)
     found = {"floor_mean": floor.mean(), "floor_max": floor.max(), "mean": differences.mean(),
              "max": differences.max(), "tokens": len(differences), "texts_equal": texts_equal(some, others)}
     print(name, json.dumps({key: float(f"{value:.4g}") for key, value in found.items()}))  # noqa: T201
@@ -79,9 +88,9 @@ def test_a_batch_of_sixteen_agrees(graphs, floor):
 def test_without_cuda_graphs_the_same(serve, prompts, graphs, floor):
     """One at a time, shapes are the same: so must be the texts."""
     with serve("--disable-cuda-graph") as node:
-        answers = ask(node.url, prompts)
-    check("no graphs", floor, graphs[0], answers)
-    assert texts_equal(graphs[0], answers) == PROMPTS
+        eager = ask(node.url, prompts)
+    check("no graphs", floor, graphs[0], eager)
+    assert texts_equal(graphs[0], eager) == PROMPTS
 
 
 def test_chunks_of_a_page_agree(serve, prompts, graphs, floor):

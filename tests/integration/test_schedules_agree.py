@@ -13,10 +13,13 @@ from collections.abc import Iterator
 
 import pytest
 import requests
-from agreement import AT_ONCE, PAGE, PROMPTS, Answer, ask, flush_cache, moved, prompts_of, texts_equal
 from launch import Node, free_port, nodes, other_plugin, wait_ready
 
-NOISE = 1e-6
+from kvtuner_sglang.agreement import answers
+from kvtuner_sglang.agreement.answers import Answer, flush_cache
+from kvtuner_sglang.agreement.compare import NOISE, enough, moved, texts_equal
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAGE, AT_ONCE = 32, 180, 24, 64, 16
 SAME_SHAPES = 1e-4
 FLAGS = (
     "--enable-kvtuner-quant", "--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-kv-gib", "1.25",
@@ -40,9 +43,13 @@ RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
 pytestmark = pytest.mark.slow  # seven servers, a quarter of an hour on two cores
 
 
+def ask(url: str, prompts: list[list[int]], at_once: int = 1, *, log_probabilities: bool = True) -> list[Answer]:
+    return answers.ask(url, prompts, NEW_TOKENS, at_once, log_probabilities=log_probabilities)
+
+
 @pytest.fixture(scope="module")
 def prompts(checkpoint) -> list[list[int]]:
-    return prompts_of(checkpoint.path)
+    return answers.prompts_of(checkpoint.path, PROMPTS, PROMPT_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +88,20 @@ def alone(serve, prompts) -> tuple[list[Answer], list[Answer], list[Answer]]:
 @pytest.fixture(scope="module")
 def floor(serve, prompts, alone) -> tuple[float, float, int]:
     """What relative noise of 1e-6 on keys and values does: mean and maximum, and how many texts stay equal."""
-    with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE)) as node:
+    with serve(*CHUNKS, "--kvtuner-kv-noise", str(NOISE["float32"])) as node:
         noisy = ask(node.url, prompts)
     differences = moved(alone[0], noisy)
+    assert enough(differences, noisy)
     assert differences.mean() > 1e-4, "without quantized pages in view this test says nothing"
     return float(differences.mean()), float(differences.max()), texts_equal(alone[0], noisy)
 
 
 @pytest.fixture
 def within_the_floor(alone, floor, record_property):
-    def check(name: str, answers: list[Answer]) -> None:
-        differences = moved(alone[0], answers)
-        equal = texts_equal(alone[0], answers)
+    def check(name: str, found_answers: list[Answer]) -> None:
+        differences = moved(alone[0], found_answers)
+        assert enough(differences, found_answers)
+        equal = texts_equal(alone[0], found_answers)
         found = {"floor_mean": floor[0], "floor_max": floor[1], "mean": differences.mean(), "max": differences.max(),
                  "tokens": len(differences), "texts_equal": equal}
         print(name, json.dumps({key: float(f"{value:.4g}") for key, value in found.items()}))  # noqa: T201
@@ -128,10 +137,10 @@ def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, alone, floor, t
     with serve(*flags, environment=counting, arguments=("--grammar-backend", "none")) as node:
         info = requests.get(f"{node.url}/server_info", timeout=20).json()
         assert info["disable_overlap_schedule"] is False
-        answers = ask(node.url, prompts, AT_ONCE, log_probabilities=False)
+        texts = ask(node.url, prompts, AT_ONCE, log_probabilities=False)
         require_batches(node)
         mixed = node.text().count("a mixed pass")
-    equal = texts_equal(alone[0], answers)
+    equal = texts_equal(alone[0], texts)
     print("mixed, overlap:", mixed, "mixed passes;", equal, "texts equal, under noise", floor[2])  # noqa: T201
     assert mixed >= PROMPTS / 2
     assert equal >= floor[2]
@@ -139,10 +148,10 @@ def test_mixed_chunks_under_the_overlap_schedule(serve, prompts, alone, floor, t
 
 def test_forced_retractions(serve, prompts, within_the_floor):
     with serve(*CHUNKS, environment=RETRACTING) as node:
-        answers = ask(node.url, prompts, AT_ONCE)
+        retracted = ask(node.url, prompts, AT_ONCE)
         require_batches(node)
-    assert sum(answer.retractions for answer in answers) >= PROMPTS / 4
-    within_the_floor("retracted", answers)
+    assert sum(answer.retractions for answer in retracted) >= PROMPTS / 4
+    within_the_floor("retracted", retracted)
 
 
 def test_four_ranks_in_two_nodes(checkpoint, prompts, tmp_path, within_the_floor):

@@ -51,16 +51,13 @@ def decode_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, pag
     return ptx_for_hopper(decode_kernel, constants, types, 1, source=GluonASTSource)
 
 
-def store_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, half: str) -> str:
-    """half: "pages" or "tails" of an extend, or "decode", which does both."""
+def store_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, decode: bool) -> str:
     constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
-                 "VALUE_BITS": value_bits, "VALUE_META": 1, "DECODE": half == "decode", "PAGES": half != "tails",
-                 "TAILS": half != "pages", "GROUP": 7 if boosted else 0}
+                 "VALUE_BITS": value_bits, "VALUE_META": 1, "DECODE": decode, "GROUP": 7 if boosted else 0}
     if not boosted:
         constants |= {"q": None, "key_extra": None}
-    packed = ("key_codes", "key_meta", "value_codes", "value_meta", "table")
-    if half != "pages":
-        constants |= dict.fromkeys(("items", *(packed if half == "tails" else ("new_lens", "rows"))))
+    if decode:
+        constants |= dict.fromkeys(("items", "new_lens", "rows"))
     types = typed(bf16="q key value tail_key tail_value", u8="key_codes key_extra value_codes",
                   fp16="key_meta value_meta", i64="slots seq_lens",
                   i32_="q_stride key_stride value_stride table_stride")
@@ -104,8 +101,8 @@ if __name__ == "__main__":
         ptx = decode_ptx(*shape)
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert ".local" not in ptx  # no array of a lane's lives in memory
-    for part in ("pages", "tails", "decode"):
-        store_ptx(4, part != "tails", 8, 128, 64, part)
+    for boosted in (True, False):
+        store_ptx(4, boosted, 8, 128, 64, decode=boosted)
     for fmt in FORMATS:
         ptx = unpack_ptx(*fmt)
         assert "ld.global.v4.b32" in ptx  # codes, 16 bytes a lane

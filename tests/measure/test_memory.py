@@ -24,7 +24,7 @@ def config_of(quant: str) -> RunConfig:
 
 def state_of(config: RunConfig, tokens: int, dtype: str = "float32", kv_gib: float | None = 0.25) -> dict[str, Any]:
     """Two pipeline stages of 15 layers with 3 kv heads of 64, as SmolLM2 has them, page size 1."""
-    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    itemsize = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}[dtype]
     plan = config.quant.plan(15)
     bytes_per_token = KVShape(3, 64, itemsize, 1).bytes_per_token(plan)
     ranks = [
@@ -57,6 +57,17 @@ def test_full_precision_counts_the_models_own_bytes() -> None:
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         kv = kv_record(state_of(config_of("bf16"), 1000, dtype), config_of("bf16"))
         assert kv.ranks[0].bytes_per_token_formula == kv.ranks[0].bytes_per_token_full == 15 * 3 * 2 * 64 * itemsize
+
+
+def test_sglangs_own_eight_bits_beside_what_the_model_would_keep() -> None:
+    state = state_of(config_of("fp8"), 1000, "float8_e4m3fn")
+    for rank in state["ranks"]:
+        rank["device"] = "cuda:0"
+    kv = kv_record(state, config_of("fp8"))
+    assert (kv.effective_bits, kv.full_precision_dtype) == (8.0, "bfloat16")
+    assert kv.ranks[0].bytes_per_token_formula == 15 * 3 * 2 * 64
+    assert kv.ranks[0].bytes_per_token_full == 15 * 3 * 2 * 64 * 2
+    assert "fp8" in kv.format
 
 
 def test_without_a_budget_the_ratio_is_unknown() -> None:

@@ -194,3 +194,10 @@ def test_every_phrase_is_used() -> None:
     sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "text_en.py")
     used = set(re.findall(r"""["']([a-z_0-9]+)["']""", sources))
     assert text_en.TEXT.keys() - used == set()
+
+
+def test_sglangs_own_cache_is_not_called_the_models_precision(make_run) -> None:
+    report = render(make_run("quant=fp8"))
+    assert "SGLang's own cache of 8 bits (fp8_e4m3)" in report
+    assert "none, the model's own precision" not in report
+    assert "8.00 effective bits" in report

@@ -233,3 +233,19 @@ def test_only_one_converts_at_a_time(tmp_path: Path) -> None:
         order.append("first")
     other.join(10)
     assert order == ["first", "second"]
+
+
+def test_the_tokenizer_of_random_weights_has_a_word_for_every_id(monkeypatch, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    from kvtuner_sglang.serving.dummy_checkpoint import SPACE
+
+    monkeypatch.setenv("KVTUNER_CACHE", str(tmp_path))
+    checkpoint = prepare_checkpoint("dummy:tiny", None)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    assert len(tokenizer) == checkpoint.vocab_size
+    assert tokenizer.encode("Hi, you") == tokenizer.convert_tokens_to_ids(["H", "i", ",", SPACE, "y", "o", "u"])
+    assert tokenizer.decode(tokenizer.encode("Hi, you")) == "Hi, you"
+    assert tokenizer.decode([0, 170, 2047]) == "t0t170t2047"
+    assert all(tokenizer.decode([n]) for n in range(checkpoint.vocab_size))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)

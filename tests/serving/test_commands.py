@@ -1,10 +1,14 @@
 """Node command lines: the seed's own flags are a frozen surface, and a script runs as it is pasted."""
 
+import ast
+import importlib.util
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,8 +84,64 @@ def test_a_gpu_has_its_own_dtype_and_each_node_its_own_gpus(compose, checkpoint_
     monkeypatch.setattr("kvtuner_sglang.serving.commands.serving_device", lambda _server: "cuda")
     commands = node_commands(compose("quant=kv4", "dist=tp2pp2"), checkpoint_shape, TWO, HEARTBEAT)
     assert [flags(c)["base-gpu-id"] for c in commands] == ["0", "2"]
-    assert flags(commands[0])["dtype"] == "bfloat16"
+    found = flags(commands[0])
+    assert found["dtype"] == "bfloat16"
+    assert found["cuda-graph-backend-prefill"] == "disabled"
+    assert found["cuda-graph-max-bs-decode"] == "8"
+    assert not {"attention-backend", "kv-cache-dtype", "load-format"} & set(found)
     assert "SGLANG_USE_CPU_ENGINE" not in commands[0].environment
+
+
+def sglangs_own(file: str, name: str) -> Callable[..., Any]:
+    """A pure function of SGLang's source, without its imports, which want a GPU's kernels."""
+    tree = ast.parse((Path(importlib.util.find_spec("sglang").origin).parent / "srt" / file).read_text())
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    scope: dict[str, Any] = {"Tuple": tuple}
+    exec(compile(ast.Module(found, []), file, "exec"), scope)
+    return scope[name]
+
+
+@pytest.mark.parametrize("dist", ["tp2_2nodes", "pp2_2nodes", "tp2pp2"])
+def test_every_rank_of_two_nodes_has_a_gpu_of_its_own(compose, checkpoint_shape, monkeypatch, dist: str) -> None:
+    """By SGLang's own ranges of ranks and its own formula for a rank's GPU."""
+    ranges = sglangs_own("entrypoints/engine.py", "_calculate_rank_ranges")
+    gpu_of = sglangs_own("weight_cache/protocol.py", "compute_local_gpu_id")
+    monkeypatch.setattr("kvtuner_sglang.serving.commands.serving_device", lambda _server: "cuda")
+    config, gpus = compose("quant=kv4", f"dist={dist}"), []
+    for command in node_commands(config, checkpoint_shape, TWO, HEARTBEAT):
+        pp_ranks, tp_ranks, *per_node = ranges(config.dist.nnodes, config.dist.pp, config.dist.tp, command.node_rank)
+        base = int(flags(command)["base-gpu-id"])
+        gpus += [gpu_of(pp, tp, *per_node, base) for pp in pp_ranks for tp in tp_ranks]
+    assert gpus == list(range(config.dist.ranks))
+
+
+def test_float32_on_a_gpu_is_served_by_what_multiplies_in_it(compose, checkpoint_shape, monkeypatch) -> None:
+    monkeypatch.setattr("kvtuner_sglang.serving.commands.serving_device", lambda _server: "cuda")
+    for quant, backend in (("bf16", "torch_native"), ("kv4", None)):
+        config = compose(f"quant={quant}", "model.dtype_cuda=float32")
+        (command,) = node_commands(config, checkpoint_shape, Ports((30000,), None), HEARTBEAT)
+        found = flags(command)
+        assert found["dtype"] == "float32"
+        assert found.get("attention-backend") == backend
+        assert found["cuda-graph-backend-decode"] == found["cuda-graph-backend-prefill"] == "disabled"
+        assert command.environment["SGLANG_IS_FLASHINFER_AVAILABLE"] == "false"
+
+
+def test_sglangs_own_eight_bits_on_a_gpu_alone(compose, checkpoint_shape, monkeypatch) -> None:
+    one = Ports((30000,), None)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        node_commands(compose("quant=fp8", "server.device=cpu"), checkpoint_shape, one, HEARTBEAT)
+    monkeypatch.setattr("kvtuner_sglang.serving.commands.serving_device", lambda _server: "cuda")
+    fp8, bf16 = (flags(node_commands(compose(f"quant={quant}"), checkpoint_shape, one, HEARTBEAT)[0])
+                 for quant in ("fp8", "bf16"))
+    assert fp8 == {**bf16, "kv-cache-dtype": "fp8_e4m3"}
+    assert bf16["attention-backend"] == "flashinfer"
+
+
+def test_random_weights_are_a_flag(compose, checkpoint_shape) -> None:
+    checkpoint = replace(checkpoint_shape, source="dummy:tiny")
+    (command,) = node_commands(compose("server.device=cpu"), checkpoint, Ports((30000,), None), HEARTBEAT)
+    assert flags(command)["load-format"] == "dummy"
 
 
 def test_the_script_runs_the_very_command(tmp_path: Path) -> None:

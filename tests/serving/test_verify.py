@@ -23,13 +23,14 @@ def truth(config: RunConfig) -> dict[str, Any]:
         pp_rank, tp_rank = divmod(rank, dist.tp)
         layers = [pp_rank * LAYERS // dist.pp, (pp_rank + 1) * LAYERS // dist.pp]
         page = config.quant.page_tokens
-        per_token = KVShape(2, 64, 4, page).bytes_per_token(plan[slice(*layers)])
+        dtype, itemsize = ("float8_e4m3fn", 1) if config.quant.name == "fp8" else ("float32", 4)
+        per_token = KVShape(2, 64, itemsize, page).bytes_per_token(plan[slice(*layers)])
         tokens = (int(config.server.kv_gib * GIB // (per_token * page)) - 1) * page
         ranks.append({
             "rank": rank, "tp_rank": tp_rank, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
             "pid": 100 + rank, "device": "cpu", "attention": "reference",
             "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
-            "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "page_size": page, "tokens": tokens,
+            "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": dtype, "page_size": page, "tokens": tokens,
             "pool_bytes": int(per_token * (tokens + page)), "tail_bytes": 0, "bytes_per_token": per_token,
             "enabled": config.quant.enabled, "plan_hash": format_hash(plan), "kv_gib": config.server.kv_gib,
             "package_version": kvtuner_sglang.__version__, "sglang_version": "0.5.17",
@@ -77,7 +78,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("quant", ["bf16", "kv8", "kv4", "kv2", "k8v4_token"])
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "kv8", "kv4", "kv2", "k8v4_token"])
 @pytest.mark.parametrize("dist", ["single", "tp2", "pp2", "tp2pp2"])
 def test_the_truth_passes(compose, checkpoint_shape, quant: str, dist: str) -> None:
     config = compose(f"quant={quant}", f"dist={dist}")
@@ -104,3 +105,9 @@ def test_a_server_without_the_plugin(compose, checkpoint_shape) -> None:
 def test_full_precision_must_be_full_precision(compose, checkpoint_shape) -> None:
     with pytest.raises(RunFailed, match="quantization is on but quant=bf16"):
         verify_server(truth(compose("quant=kv4")), compose("quant=bf16"), checkpoint_shape)
+
+
+@pytest.mark.parametrize(("served", "asked"), [("bf16", "fp8"), ("fp8", "bf16")])
+def test_eight_bits_of_sglangs_own_are_told_from_full_precision(compose, checkpoint_shape, served, asked) -> None:
+    with pytest.raises(RunFailed, match=f"quant={asked} asks for"):
+        verify_server(truth(compose(f"quant={served}")), compose(f"quant={asked}"), checkpoint_shape)

@@ -31,7 +31,7 @@ def arguments(*words, device="cuda"):
     (["speed.decode=[{batch:0,context:8}]"], "speed.decode"),
     (["dist=tp2"], "choose dist=single"),
     (["speed.backend=fa3"], "speed.backend"),
-    (["quant=fp8", "task=serve", "model=smollm2_135m"], "only task=speed"),
+    (["quant=fp8", "task=quality", "model=smollm2_135m"], "only task=speed"),
     (["task=quality"], "random weights"),
 ])
 def test_wrong_wishes_are_one_sentence(words, part):

@@ -215,7 +215,7 @@ class RunRecord(Explained):
             raise ValueError(f"a run with status {self.status} needs a reason")
         return self
 
-    def metric(self, name: str, **at: int) -> Metric:
+    def metric(self, name: str, **at: int | str) -> Metric:
         """The metric `name` at, say, prompt_tokens=1000; raises KeyError if the run did not measure it."""
         return self.metrics[metric_key(name, **at)]
 
@@ -225,7 +225,7 @@ class RunRecord(Explained):
         return sorted(int(key.removeprefix(prefix)) for key in self.metrics if key.startswith(prefix))
 
 
-def metric_key(name: str, **at: int) -> str:
+def metric_key(name: str, **at: int | str) -> str:
     """ "ttft_ms/prompt_tokens=1000": the name, with its unit, and where it was measured."""
     return name + "".join(f"/{label}={value}" for label, value in at.items())
 

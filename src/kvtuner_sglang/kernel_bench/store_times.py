@@ -17,7 +17,7 @@ from kvtuner_sglang.quant import KVShape
 from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
 from kvtuner_triton.layout import allocate, orders
-from kvtuner_triton.store import extend_items, store_decode, store_extend_pages, store_extend_tails
+from kvtuner_triton.store import extend_items, store_decode, store_extend
 from kvtuner_triton.store_token import store_by_location
 
 EXTEND_TOKENS, STEP_BATCH, MOST_LAYERS = 8192, 64, 28
@@ -84,9 +84,8 @@ class StoreCase:
         if not self.store.fmt.key.per_channel:
             store_by_location(key, value, keys, values, self.locations)
         elif self.work == "extend":
-            where = (self.slots, self.seq_lens, self.seq_lens, self.first_row)
-            store_extend_pages(key, value, keys, values, tail_key, tail_value, self.table, *where, self.items, q)
-            store_extend_tails(key, value, tail_key, tail_value, *where)
+            store_extend(key, value, keys, values, tail_key, tail_value, self.table, self.slots, self.seq_lens,
+                         self.seq_lens, self.first_row, self.items, q)
         else:
             store_decode(key, value, keys, values, tail_key, tail_value, self.table, self.slots, self.seq_lens, q)
 
@@ -108,7 +107,7 @@ def store_case(shape: Shape, store: Storage, work: str, tokens: int, layers: int
     if work == "step":
         seq_lens = slots % BLOCK + 1  # as many complete a page as do on average
     tails = torch.randn((2, requests + 1, BLOCK, shape.kv_heads, shape.head_dim), generator=random, device=device)
-    items = extend_items([tokens], [tokens], BLOCK).to(device)
+    items = extend_items([tokens], [tokens], BLOCK)[0].to(device)
     locations = table[1, :tokens] if work == "extend" else table[slots, seq_lens - 1]
     return StoreCase(shape, store, work, rows, pools, tails.bfloat16(), table, slots, seq_lens, locations.long(),
                      torch.zeros(1, dtype=torch.int32, device=device), items)

@@ -14,17 +14,22 @@ import psutil
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RankRecord
 from kvtuner_sglang.quant import KVFormat, KVShape
+from kvtuner_sglang.serving.verify import ITEMSIZE
 
 MIB = 2**20
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+FP8_BITS = 8.0
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.used,memory.total", "--format=csv,noheader,nounits")
 NVIDIA_SMI_TIMEOUT_S = 20
 
 
 def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
-    """What the KV pool holds by `state`, the "kvtuner" part of /server_info, beside what the formula of quant/ says."""
+    """What the KV pool holds by `state`, the "kvtuner" part of /server_info, beside what the formula of quant/ says.
+
+    SGLang's own fp8 cache, which the plugin only looks at, is described in its true bits.
+    """
+    fp8 = config.quant.kv_cache_dtype == "fp8_e4m3"
     plan = config.quant.plan(max(rank["layers"][1] for rank in state["ranks"]))
-    ranks = tuple(_rank_record(rank, plan) for rank in state["ranks"])
+    ranks = tuple(_rank_record(rank, plan, config) for rank in state["ranks"])
     budget = round(state["kv_gib"] * 2**30) if state["kv_gib"] is not None else None
     full_tokens = None
     if budget is not None:
@@ -33,16 +38,17 @@ def kv_record(state: Mapping[str, Any], config: RunConfig) -> KVRecord:
     missing = "the server was started without --kvtuner-kv-gib"
     unknown = ("budget_bytes_per_rank", "full_precision_tokens", "capacity_ratio") if budget is None else ()
     return KVRecord(
-        format=state["format"], enabled=state["enabled"], plan_hash=state["plan_hash"], page_size=state["page_size"],
-        tokens=tokens, effective_bits=state["effective_bits"], budget_bytes_per_rank=budget,
-        full_precision_dtype=state["ranks"][0]["dtype"], full_precision_tokens=full_tokens,
+        format="K and V fp8_e4m3 (SGLang's own)" if fp8 else state["format"], enabled=state["enabled"],
+        plan_hash=state["plan_hash"], page_size=state["page_size"],
+        tokens=tokens, effective_bits=FP8_BITS if fp8 else state["effective_bits"], budget_bytes_per_rank=budget,
+        full_precision_dtype=_full_dtype(state["ranks"][0], config), full_precision_tokens=full_tokens,
         capacity_ratio=tokens / full_tokens if full_tokens else None,
         package_version=state["package_version"], sglang_version=state["sglang_version"], ranks=ranks,
         unknown=dict.fromkeys(unknown, missing),
     )
 
 
-def _rank_record(rank: Mapping[str, Any], plan: Sequence[KVFormat]) -> RankRecord:
+def _rank_record(rank: Mapping[str, Any], plan: Sequence[KVFormat], config: RunConfig) -> RankRecord:
     """Bytes per token by formula and as allocated: the pool holds one page more than it offers, for padding."""
     shape = KVShape(rank["kv_heads"], rank["head_dim"], ITEMSIZE[rank["dtype"]], rank["page_size"])
     first, last = rank["layers"]
@@ -53,8 +59,14 @@ def _rank_record(rank: Mapping[str, Any], plan: Sequence[KVFormat]) -> RankRecor
         layers=(first, last),
         bytes_per_token_formula=shape.bytes_per_token(plan[first:last]),
         bytes_per_token_allocated=rank["pool_bytes"] / (rank["tokens"] + rank["page_size"]),
-        bytes_per_token_full=(last - first) * 2 * shape.kv_heads * shape.head_dim * shape.itemsize,
+        bytes_per_token_full=(last - first) * 2 * shape.kv_heads * shape.head_dim * ITEMSIZE[_full_dtype(rank, config)],
     )
+
+
+def _full_dtype(rank: Mapping[str, Any], config: RunConfig) -> str:
+    """The precision that the model would keep: the pool's, but for SGLang's own 8 bits, whose pool says those."""
+    own = config.model.dtype_cpu if rank["device"].startswith("cpu") else config.model.dtype_cuda
+    return rank["dtype"] if config.quant.kv_cache_dtype == "auto" else own
 
 
 def device_memory(ranks: list[dict[str, Any]]) -> tuple[DeviceMemory, ...]:

@@ -12,6 +12,7 @@ from kvtuner_sglang.measure.throughput import measure_throughput
 from kvtuner_sglang.measure.ttft import measure_ttft
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.serving.client import Sample
+from kvtuner_sglang.serving.dummy_checkpoint import RANDOM_WEIGHTS, is_dummy
 
 if TYPE_CHECKING:
     from kvtuner_sglang.serving.checkpoint import Checkpoint
@@ -24,7 +25,8 @@ def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint",
     Every request's sample goes to `keep` as it ends (evidence.samples.SampleLog.append), also when it does not count.
     Raises MeasurementInvalid naming the broken rule, or RunFailed naming the rank that is gone.
     """
-    validity.require_enough_requests(config.workload.throughput.requests, config.workload.throughput.concurrency)
+    load = config.workload.throughput
+    validity.require_enough_requests(load.requests_at(max(load.concurrency)), load.concurrency)
     validity.require_plain_server(cluster.server_info)
     target = Target(cluster, config.server.request_timeout_s, keep)
     prompts = PromptSource(checkpoint.vocab_size, config.seed)
@@ -34,10 +36,11 @@ def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint",
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
     p50_ms = {tokens: metrics[f"ttft_ms/prompt_tokens={tokens}"].p50 for tokens in config.workload.ttft.prompt_tokens}
+    random_weights = (RANDOM_WEIGHTS,) if is_dummy(checkpoint) else ()
     return Figures(
         metrics=metrics,
         kv=memory.kv_record(after["kvtuner"], config),
         memory=memory.device_memory(after["kvtuner"]["ranks"]),
         rules=validity.rules_held(),
-        warnings=tuple(validity.monotone_warnings(p50_ms)),
+        warnings=(*random_weights, *validity.monotone_warnings(p50_ms)),
     )

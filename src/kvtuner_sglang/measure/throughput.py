@@ -29,14 +29,14 @@ def measure_throughput(target: Target, config: RunConfig, prompts: PromptSource,
                                load.output_tokens, concurrency)
         validity.require_warm_up(warm_ups, load.prompt_tokens)
         target.flush_cache()
-        planned = prompts.take(load.requests, load.prompt_tokens)
+        planned = prompts.take(load.requests_at(concurrency), load.prompt_tokens)
         validity.require_unique(planned)
         samples = target.send(f"throughput_c{concurrency}", planned, load.output_tokens, concurrency)
         validity.require_valid(samples)
         validity.require_fast_client(dispatch_s(samples, concurrency), wall_s(samples), concurrency)
         metrics |= level_metrics(samples, concurrency)
         rate = metrics[metric_key("output_tokens_per_s", concurrency=concurrency)].mean
-        say(f"concurrency {concurrency}: {load.requests} requests in {wall_s(samples):.1f} s, "
+        say(f"concurrency {concurrency}: {len(planned)} requests in {wall_s(samples):.1f} s, "
             f"{rate:.1f} output tokens/s")
     return metrics
 

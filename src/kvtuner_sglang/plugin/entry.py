@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from kvtuner_sglang.plugin import arguments, heartbeat, logits_file
+from kvtuner_sglang.plugin import arguments, heartbeat, logits_file, plain_layers
 from kvtuner_sglang.plugin.attention_choice import choose_attention
 from kvtuner_sglang.plugin.options import add_cli_flags, options_of
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
@@ -40,9 +40,12 @@ def _after_support_triton(result: bool, backend: str) -> bool:
 
 def _around_scheduler_init(original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any,
                            **kwargs: Any) -> None:
-    """Runs first in every rank: switches measurement-only output on, and turns a refusal into its one sentence."""
+    """Runs first in every rank: makes float32 possible on a GPU, switches measurement-only output on, and turns a
+    refusal into its one sentence."""
     with refusing_in_one_sentence():
         options = options_of(server_args)
+        if plain_layers.needed(server_args):
+            plain_layers.use_plain_layers()
         if options.kvtuner_logits_dir is not None:
             logits_file.write_to(Path(options.kvtuner_logits_dir))
         if options.kvtuner_heartbeat_dir is not None:

@@ -3,7 +3,7 @@
 Decode: one launch stores the new token (and the page it completes), one attends, one merges; work is divided once a
 step for all layers of a kind (layer_kinds.py).  Grids depend on the batch size alone, so a CUDA graph holds the whole
 step; padded requests have slot 0, which no request owns, and length 1, and write to tail 0.
-Extend: store the pages that this pass completes, dequantize what its queries may read as stored, attend, keep tails.
+Extend: store, dequantize what queries may read as stored, attend; a few tails are kept afterwards (store.py).
 
 The kernels read req_to_token while they run, a replayed graph too.  SGLang takes its backends to have read it before a
 replay starts, and would let the scheduler give a slot to the next request meanwhile; a finished request's last step
@@ -25,7 +25,7 @@ from kvtuner_sglang.plugin.options import options_of
 from kvtuner_triton import decode_token
 from kvtuner_triton.decode import DecodeWorkspace, decode_attention
 from kvtuner_triton.prefix import prefix_attention, prefix_tuning
-from kvtuner_triton.store import store_decode, store_extend_pages, store_extend_tails
+from kvtuner_triton.store import store_decode, store_extend
 from kvtuner_triton.store_token import store_by_location
 from kvtuner_triton.unpack import unpack_by_location, unpack_pages
 
@@ -114,11 +114,11 @@ class FusedBackend(AttentionBackend):
             store_by_location(k[: now.tokens], v[: now.tokens], mine.keys, mine.values, forward_batch.out_cache_loc)
             self._attend(q, k, v, mine, layer.scaling, out, (None, None))
             return out.flatten(1)
-        tail_key, tail_value = self.pool.layer(layer.layer_id).tails
-        store_extend_pages(k, v, mine.keys, mine.values, tail_key, tail_value, self.req_to_token, now.slots,
-                           now.seq_lens, now.new_lens, now.rows, now.items, q)
-        self._attend(q, k, v, mine, layer.scaling, out, (tail_key, tail_value))
-        store_extend_tails(k, v, tail_key, tail_value, now.slots, now.seq_lens, now.new_lens, now.rows)
+        tails = self.pool.layer(layer.layer_id).tails
+        where = (*tails, self.req_to_token, now.slots, now.seq_lens, now.new_lens, now.rows)
+        store_extend(k, v, mine.keys, mine.values, *where, now.before, q)
+        self._attend(q, k, v, mine, layer.scaling, out, tails)
+        store_extend(k, v, mine.keys, mine.values, *where, now.after, q)
         return out.flatten(1)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mine: FusedLayer, scaling: float,

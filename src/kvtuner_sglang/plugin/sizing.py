@@ -28,12 +28,13 @@ def rank_plan(kvc: Any) -> tuple[KVFormat, ...]:
 
 
 def rank_shape(kvc: Any) -> KVShape:
-    """Kv heads of this tensor-parallel rank, as SGLang shards (and on CPU pads) them."""
+    """Kv heads of this tensor-parallel rank, as SGLang shards (and on CPU pads) them; of its fp8 cache, too."""
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
     model = kvc.model_config
+    dtype = kvc.model_dtype if options_of(kvc.server_args).enabled else kvc.kv_cache_dtype
     return KVShape(model.get_num_kv_heads(get_parallel().attn_tp_size), model.head_dim,
-                   kvc.model_dtype.itemsize, get_schedule().page_size)
+                   dtype.itemsize, get_schedule().page_size)
 
 
 def tokens_in(budget_bytes: int, bytes_per_token: float, page_size: int, tail_bytes: int = 0) -> int:

@@ -28,18 +28,11 @@ def say(line: str) -> None:
 
 def start(spec: EngineSpec, logits_dir: Path) -> Any:
     """The engine; raises whatever SGLang raises."""
-    from sglang.srt.entrypoints.engine import Engine as SglangEngine
-
-    class Engine(SglangEngine):
-        """Exactly sglang.Engine, but for float32 on a GPU."""
+    from sglang.srt.entrypoints.engine import Engine
 
     arguments: dict[str, Any] = {"disable_overlap_schedule": True}  # no pass beyond the last token asked for
     if spec.device == "cpu":
         arguments["grammar_backend"] = "none"
-    elif spec.dtype == "float32":
-        from kvtuner_sglang.quality.plain_torch_ops import run_scheduler
-
-        Engine.run_scheduler_process_func = staticmethod(run_scheduler)
     if spec.page_size is not None:
         arguments["page_size"] = spec.page_size
     if not spec.plugin.get("enable_kvtuner_quant"):

@@ -75,6 +75,8 @@ def _model(record: RunRecord, text: Text) -> str:
 
 def _quantization(record: RunRecord, text: Text) -> str:
     quant = record.config["quant"]
+    if quant.get("kv_cache_dtype", "auto") != "auto":
+        return text["sglangs_own"].format(dtype=quant["kv_cache_dtype"])
     if not quant["enabled"]:
         if record.kv is None:
             return text["no_quantization_unknown"]

@@ -5,6 +5,7 @@ from kvtuner_sglang.evidence.sweep import markdown_table
 
 MIB = 2**20
 LEVEL_BAND = 0.1  # a change of the median below ten percent is called level
+MODEL_BITS = 16  # what effective_bits calls the model's own precision
 Text = dict[str, str]
 
 
@@ -121,8 +122,8 @@ def _memory_analysis(kv: KVRecord, text: Text) -> str:
     if kv.budget_bytes_per_rank is None or kv.full_precision_tokens is None or kv.capacity_ratio is None:
         return text["memory_analysis_free"].format(tokens=kv.tokens, bits=kv.effective_bits)
     sentences = [text["memory_analysis"].format(tokens=kv.tokens, bits=kv.effective_bits,
-                                                budget=kv.budget_bytes_per_rank / MIB), *_least_room(kv, text)]
-    if kv.enabled:
+                                                 budget=kv.budget_bytes_per_rank / MIB), *_least_room(kv, text)]
+    if kv.effective_bits < MODEL_BITS:
         sentences.append(text["memory_ratio"].format(dtype=kv.full_precision_dtype, full=kv.full_precision_tokens,
                                                      ratio=kv.capacity_ratio))
         if kv.full_precision_dtype == "float32":

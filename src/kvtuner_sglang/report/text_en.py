@@ -12,6 +12,7 @@ TEXT: dict[str, str] = {
     "quantization": "Quantization",
     "no_quantization": "none, the model's own precision ({dtype})",
     "no_quantization_unknown": "none, the model's own precision",
+    "sglangs_own": "SGLang's own cache of 8 bits ({dtype})",
     "node": "Node {rank}",
     "master": "Master",
     "worker": "Worker",

@@ -17,7 +17,7 @@ GIB = 1 << 30
 PACKED_POOL = "PackedKVPool"
 PLAIN_POOL = "MHATokenToKVPool"
 REINSTALL = "reinstall kvtuner-sglang with the SGLang version that it names"
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 Info = dict[str, Any]
 
@@ -109,6 +109,10 @@ def _check_bytes(rank: Info, config: RunConfig, plan: Sequence[KVFormat]) -> Non
     if rank["kv_gib"] != config.server.kv_gib:
         raise RunFailed(f"{_name(rank)} was given {rank['kv_gib']} GiB for keys and values instead of "
                         f"{config.server.kv_gib}: start every node with the flags of its script.")
+    fp8 = config.quant.kv_cache_dtype == "fp8_e4m3"
+    if (rank["dtype"] == "float8_e4m3fn") is not fp8:
+        raise RunFailed(f"{_name(rank)} keeps {rank['dtype']} numbers but quant={config.quant.name} asks for "
+                        f"kv_cache_dtype={config.quant.kv_cache_dtype}: start every node with the flags of its script.")
     shape = KVShape(rank["kv_heads"], rank["head_dim"], ITEMSIZE[rank["dtype"]], rank["page_size"])
     formula = shape.bytes_per_token(plan[slice(*rank["layers"])])
     if rank["bytes_per_token"] != formula:

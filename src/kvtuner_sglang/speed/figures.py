@@ -10,13 +10,12 @@ from kvtuner_sglang.evidence.record import KVRecord, Metric, metric_key
 from kvtuner_sglang.measure.memory import ITEMSIZE, kv_record
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.quant import KVShape
+from kvtuner_sglang.serving.dummy_checkpoint import RANDOM_WEIGHTS, is_dummy
 from kvtuner_sglang.speed import validity
 from kvtuner_sglang.speed.calls import Call, SpeedResult
 from kvtuner_sglang.speed.hardware import MS_PER_S, Floor
 
-RANDOM_WEIGHTS = "The weights are random (load_format=dummy): speed does not depend on them; the text means nothing."
 NO_FLOOR = "The peaks of this device are not listed, so no time was held against its physical floor."
-FP8_BITS = 8.0
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ def _cells(calls: Iterable[Call]) -> list[tuple[str, int, int]]:
 def figures(result: SpeedResult, calls: Sequence[Call], config: RunConfig, floor: Floor,
             arguments: dict[str, Any]) -> Figures:
     """Everything of a finished run, `arguments` the engine's; raises MeasurementInvalid if a figure cannot be."""
-    kv = kv_as_stored(result.kvtuner, config, arguments["dtype"])
+    kv = kv_record(result.kvtuner, config)
     metrics = kv_metrics(result.kvtuner, kv, config, arguments["max_running_requests"])
     metrics |= ttft_metrics(calls, floor) | decode_metrics(calls, config.speed.new_tokens, floor)
     warnings = [*result.skipped]
-    warnings += [RANDOM_WEIGHTS] if config.model.source.startswith("dummy:") else []
+    warnings += [RANDOM_WEIGHTS] if is_dummy(config.model) else []
     warnings += [NO_FLOOR] if floor.peak is None else []
     return Figures(metrics, validity.rules_held(), tuple(warnings), kv)
 
@@ -103,14 +102,3 @@ def kv_metrics(state: dict[str, Any], kv: KVRecord, config: RunConfig, max_runni
         metrics["kv_tokens_formula"] = summarize([(rank["budget_bytes"] - tails) // shape.bytes_per_token(plan)],
                                                  "tokens")
     return metrics
-
-
-def kv_as_stored(state: dict[str, Any], config: RunConfig, dtype: str) -> KVRecord:
-    """The KV cache of the record; of SGLang's own fp8 cache, which the plugin only looks at, in its true bits."""
-    kv = kv_record(state, config)
-    if config.quant.kv_cache_dtype == "auto":
-        return kv
-    ranks = tuple(rank.model_copy(update={"bytes_per_token_full": rank.bytes_per_token_formula * ITEMSIZE[dtype]})
-                  for rank in kv.ranks)
-    return kv.model_copy(update={"effective_bits": FP8_BITS, "format": "K and V fp8_e4m3 (SGLang's own)",
-                                 "full_precision_dtype": dtype, "ranks": ranks})

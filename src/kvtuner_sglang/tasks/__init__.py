@@ -35,6 +35,10 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         from kvtuner_sglang.tasks import tune
 
         return tune.run(config, overrides, say)
+    if config.task == "agreement":
+        from kvtuner_sglang.tasks import agreement
+
+        return agreement.run(config, overrides, say)
     from kvtuner_sglang.tasks import serve
 
     return serve.run(config, overrides, say)

@@ -13,6 +13,7 @@ from kvtuner_sglang.report.console import print_summary
 from kvtuner_sglang.report.markdown import write_report
 from kvtuner_sglang.serving.checkpoint import prepare_checkpoint
 from kvtuner_sglang.serving.cluster import running_cluster
+from kvtuner_sglang.serving.dummy_checkpoint import is_dummy
 from kvtuner_sglang.tasks.probe import require_probed
 from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
@@ -27,7 +28,9 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     """
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
     config.quant.require_fits(checkpoint.identity)
-    if config.quality.probe:
+    if is_dummy(checkpoint):
+        say("probe: the weights are random, so there is no quality to protect")
+    elif config.quality.probe:
         require_probed(config, checkpoint, say)
     say(f"{config.run_dir}")
     def measure(attempt: Attempt, log: SampleLog) -> Figures:

@@ -1,0 +1,63 @@
+"""Finished runs of task=agreement -> a published folder: their records and samples, one tidy table, a README.
+
+    python -m kvtuner_sglang.agreement.publish RUN_DIR... runs/published/agreement
+
+A run replaces the published one of the same name; table and README are made anew from all runs in the folder.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvtuner_sglang.agreement.compare import FLOORS
+from kvtuner_sglang.agreement.tidy import table_of, to_csv
+from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import copy_run, publishable, write_sums
+from kvtuner_sglang.evidence.record import RunRecord
+
+CSV_FILE = "agreement.csv"
+README = f"""# Agreement of parallel layouts with one rank
+
+Each row of `{CSV_FILE}` is one layout: the same greedy requests, token by token, put to servers of that layout and to
+one server of one rank. `mean` and `max` are over |difference| of log-probabilities (nats) of all `tokens` up to the
+first token that differs; `texts_equal` of `prompts` texts are equal in every token.
+
+Low-bit codes amplify float noise, and another layout multiplies matrices of other shapes. So a quantized format is held
+to its own noise floor, measured beside it: `floor_mean` and `floor_max` are the same figures of one rank whose keys and
+values get relative noise (1e-6 in float32, 2^-10, the rounding itself, in bfloat16). `within` is true if mean and
+maximum are at most {FLOORS} times the floor's or, without quantization, if all texts are equal.
+
+Every figure comes from the records beside this file: `record.json` with all command lines, `requests.jsonl` with
+every answer. Made by `python -m kvtuner_sglang.agreement.publish`.
+"""
+
+
+def published(folder: Path) -> list[RunRecord]:
+    """Every run of the folder, by name."""
+    return [publishable(path.parent, "agreement") for path in sorted(folder.glob("*/record.json"))]
+
+
+def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
+    """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
+    found = {run_dir.name: (run_dir, publishable(run_dir, "agreement")) for run_dir in run_dirs}
+    kept = [record for record in published(folder) if record.name not in found]
+    text = to_csv(table_of([*kept, *(record for _, record in found.values())]))
+    for name, (run_dir, _) in found.items():
+        copy_run(run_dir, folder / name)
+    (folder / CSV_FILE).write_text(text)
+    (folder / "README.md").write_text(README)
+    return [folder / CSV_FILE, folder / "README.md", write_sums(folder)]
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    try:
+        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
