@@ -89,8 +89,10 @@ def search(space: Space, kl_of: Callable[[Plan], float], storage: Path, *, popul
                                 directions=["minimize", "minimize"])
     _abandon(study)
     finished = list(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    found = {candidate.choices: candidate for candidate in (_candidate(space, trial) for trial in finished)
-             if candidate.effective_bits <= space.budget + BITS_EPSILON}
+    found: dict[tuple[int, ...], Candidate] = {}
+    for candidate in (_candidate(space, trial) for trial in finished):
+        if candidate.effective_bits <= space.budget + BITS_EPSILON:
+            found.setdefault(candidate.choices, candidate)  # who bred it first
     seeds, begun, resumed = space.seeds(population, seed), time.monotonic(), len(found)
     for number in range(len(finished), TRIALS_PER_CANDIDATE * candidates):
         if len(found) >= candidates:
@@ -109,11 +111,12 @@ def _next_trial(study: optuna.Study, space: Space, kl_of: Callable[[Plan], float
                 seeds: Sequence[tuple[int, ...]], population: int, seed: int) -> Candidate:
     sampler = optuna.samplers.NSGAIISampler(
         population_size=population, seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-    sampler.get_parent_population(study, number // population)  # what is chosen here comes in another order than kept
     study.sampler = sampler
     if number < len(seeds):
         study.enqueue_trial({_name(cluster): pair for cluster, pair in zip(space.clusters, seeds[number], strict=True)})
     trial = study.ask()
+    generation = sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
+    sampler.get_parent_population(study, generation)  # chosen now, read as kept: the two come in different orders
     choices = tuple(trial.suggest_categorical(_name(cluster), cluster.pairs) for cluster in space.clusters)
     plan = space.plan(choices)
     bits, expected = space.menu.bits(plan), summed(space.sensitivity, space.menu, plan)
