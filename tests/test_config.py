@@ -129,6 +129,8 @@ def test_plans_that_cannot_be(words, part):
         (["+quant.foo=1"], "quant.foo"),
         (["model=local"], "model.path"),
         (["task=fly"], "choose from"),
+        (["report.language=fr"], "report.language"),
+        (["report.language=zh", "task=quality"], "which task=quality does not write"),
         (["task=agreement", "model=tiny_dummy"], "random weights"),
         (["task=agreement", "dist=tp2"], "choose dist=single"),
         (["task=agreement", "agreement.dists=[tp4]"], "must name some of"),

@@ -319,11 +319,11 @@ def store_bytes(codes, byte, lane, T: tl.constexpr):
 class StoreTuning:
     """warps: of a program; registers: at most so many a thread, None leaves it to the compiler."""
 
-    warps: int = 4
+    warps: int
     registers: int | None = None
 
 
-EXTEND_TUNING, STEP_TUNING = StoreTuning(), StoreTuning()
+EXTEND_TUNING, STEP_TUNING = StoreTuning(warps=2), StoreTuning(warps=4)
 
 
 def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,

@@ -1,19 +1,22 @@
 """What stands between run.py and the tasks: every job is checked before the first one starts."""
 
+import contextlib
 import itertools
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvtuner_sglang.config import RunConfig, parse
@@ -34,20 +37,52 @@ def check(argv: Sequence[str], conf: Path) -> None:
     overrides = [word for word in argv if not word.startswith("-")]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        for job in _jobs(overrides, multirun=multirun):
+        for job in jobs(overrides, conf, multirun=multirun):
             load(job, conf)
     except UserError as error:
         sys.exit(_complain(error))
 
 
+def jobs(overrides: Sequence[str], conf: Path, *, multirun: bool) -> list[list[str]]:
+    """Override lists, one per job: the product of all sweeps; raises ConfigError, one sentence."""
+    choices: list[list[str]] = []
+    for override in _parse(_with_sweep_of_conf(overrides, conf)):
+        if override.key_or_group.startswith("hydra"):
+            continue
+        if override.is_sweep_override():
+            if not multirun:
+                raise ConfigError(f"{override.input_line} names several values: add -m to run them all.")
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line or ""])
+    return [list(job) for job in itertools.product(*choices)]
+
+
 def load(overrides: Sequence[str], conf: Path) -> RunConfig:
     """The checked configuration that these overrides compose to; raises ConfigError, one sentence."""
     try:
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            cfg = compose("config", overrides=list(overrides))
+        cfg = _compose(overrides, conf)
         return parse(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_sentence(str(error))) from error
+
+
+def _compose(overrides: Sequence[str], conf: Path, *, hydra: bool = False) -> DictConfig:
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            return compose("config", overrides=list(overrides), return_hydra_config=hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(str(error))) from error
+
+
+def _with_sweep_of_conf(overrides: Sequence[str], conf: Path) -> list[str]:
+    """`overrides`, and before them what an exp file sweeps over (hydra.sweeper.params) and they do not set."""
+    parsed = _parse(overrides)
+    plain = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    found = OmegaConf.select(_compose(plain, conf, hydra=True), "hydra.sweeper.params")
+    given = {override.get_key_element() for override in parsed}
+    return [*(f"{key}={values}" for key, values in (found or {}).items() if key not in given), *overrides]
 
 
 def run_job(tree: dict[str, Any]) -> Outcome:
@@ -69,24 +104,11 @@ def exit_code() -> int:
     return int(any(outcome.status != "ok" for outcome in _outcomes))
 
 
-def _jobs(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
-    """Override lists, one per job: the product of all sweeps on the command line."""
+def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(_one_sentence(str(error))) from error
-    choices: list[list[str]] = []
-    for override in parsed:
-        if override.key_or_group.startswith("hydra"):
-            continue
-        if override.is_sweep_override():
-            if not multirun:
-                raise ConfigError(f"{override.input_line} names several values: add -m to run them all.")
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([override.input_line or ""])
-    return [list(job) for job in itertools.product(*choices)]
 
 
 def _one_sentence(message: str) -> str:
@@ -103,6 +125,17 @@ def _one_sentence(message: str) -> str:
     if fault.startswith("Could not override"):
         return f"{fault}: no such option exists; python run.py --help lists them all."
     return f"{fault}."
+
+
+@contextlib.contextmanager
+def apart_from_the_running_job() -> Iterator[None]:
+    """Within a job, which Hydra composed: other configurations can be composed in the block."""
+    hydra = GlobalHydra.instance()
+    running, hydra.hydra = hydra.hydra, None
+    try:
+        yield
+    finally:
+        hydra.hydra = running
 
 
 def _say(line: str) -> None:

@@ -209,14 +209,15 @@ class PlanConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ReportConfig:
-    language: Literal["en"]
+    language: Literal["en", "zh"]
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything one run depends on."""
 
-    task: Literal["serve", "quality", "probe", "kernels", "speed", "agreement", "tune"]
+    task: Literal["serve", "quality", "probe", "kernels", "speed", "agreement", "forensics", "claims", "figures",
+                  "paper", "tune"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -317,6 +318,12 @@ def check(config: RunConfig) -> None:
                           f"quality.context_length={config.quality.context_length}: make the window shorter.")
     if config.task in ("quality", "speed") and dist.ranks > 1:
         raise ConfigError(f"task={config.task} measures on one rank: choose dist=single.")
+    if config.task == "forensics" and dist.nnodes < 2:
+        raise ConfigError(f"task=forensics asks the second of two nodes and dist={dist.name} has one: choose "
+                          "dist=tp2pp2.")
+    if config.report.language != "en" and config.task != "serve":
+        raise ConfigError(f"report.language={config.report.language} is of the report of task=serve, which task="
+                          f"{config.task} does not write: leave it out.")
     _check_speed(config)
     _check_agreement(config)
     load = config.workload.throughput

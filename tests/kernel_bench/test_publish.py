@@ -10,8 +10,8 @@ from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import slug
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import read_samples
-from kvtuner_sglang.kernel_bench.figures import speedups, write_figures
-from kvtuner_sglang.kernel_bench.publish import main, publish
+from kvtuner_sglang.kernel_bench.figures import figures, speedups
+from kvtuner_sglang.kernel_bench.publish import main, publish, tables
 from kvtuner_sglang.kernel_bench.samples import DecodeTimes, best, sample_of
 from kvtuner_sglang.kernel_bench.table import acceptance, cell_line
 from kvtuner_sglang.kernel_bench.tidy import COLUMNS, FLOAT_FORMAT, table_of_run
@@ -47,16 +47,24 @@ def test_a_published_folder_is_whole(invented_run, tmp_path):
     publish(run_dir, folder)
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     gpu = "nvidia_test_card_80gb"
-    figures = {f"{gpu}_{figure}{suffix}" for figure in ("roofline", "speedup") for suffix in (".pdf", ".png")}
-    assert names == {f"{gpu}/record.json", f"{gpu}/requests.jsonl", f"{gpu}.csv", "SHA256SUMS", *figures}
+    assert names == {f"{gpu}/record.json", f"{gpu}/requests.jsonl", f"{gpu}.csv", "SHA256SUMS"}
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     frame = table_of_run(folder / gpu, load_record(folder / gpu))
-    assert (folder / f"{gpu}.csv").read_text() == frame.to_csv(index=False, float_format=FLOAT_FORMAT)
-    before = {path: path.read_bytes() for path in folder.glob("*.p*")}
-    publish(run_dir, folder)
-    assert {path: path.read_bytes() for path in folder.glob("*.p*")} == before
+    text = (folder / f"{gpu}.csv").read_text()
+    assert text == frame.to_csv(index=False, float_format=FLOAT_FORMAT)
+    assert tables(folder) == {f"{gpu}.csv": text}
+
+
+def test_figures_of_every_gpu(invented_run, tmp_path):
+    publish(invented_run(), tmp_path / "kernels")
+    drawn = figures(tmp_path / "kernels")
+    assert list(drawn) == ["nvidia_test_card_80gb_roofline", "nvidia_test_card_80gb_speedup"]
+    for figure in drawn.values():
+        assert any("NVIDIA Test Card 80GB" in text.get_text() for text in figure.texts)
+        [legend] = figure.legends
+        assert {"kv4", "FlashInfer fp8"} <= {text.get_text() for text in legend.get_texts()}
 
 
 def test_only_a_finished_kernels_run_is_published(invented_run, tmp_path):
@@ -75,10 +83,9 @@ def test_figures_refuse_what_mixes_runs(invented_run, tmp_path):
     run_dir = invented_run()
     frame = table_of_run(run_dir, load_record(run_dir))
     assert speedups(frame).query("kernel == 'flashinfer' and format == 'bf16'").speedup.eq(1).all()
-    path = tmp_path / "mixed.csv"
-    pd.concat([frame, frame.assign(commit="other")]).to_csv(path)
+    pd.concat([frame, frame.assign(commit="other")]).to_csv(tmp_path / "mixed.csv")
     with pytest.raises(UserError, match="mixes values of commit"):
-        write_figures(path)
+        figures(tmp_path)
     with pytest.raises(UserError, match=r"kernels.peers=true"):
         speedups(frame[frame.kernel == "kvtuner"])
 

@@ -16,14 +16,17 @@ from omegaconf import OmegaConf
 
 from kvtuner_sglang.config import RunConfig, parse
 from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
+from kvtuner_sglang.measure.hardware import Floor
 from kvtuner_sglang.measure.seed_tests import run_seed_tests
 from kvtuner_sglang.serving.abort import Abort
 from kvtuner_sglang.serving.client import Sample, server_info
 
 CONF = Path(__file__).parents[2] / "conf"
 OVERRIDES = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.requests=3",
-             "workload.throughput.concurrency=[1,3]", "server.request_timeout_s=5"]
-ANSWER_S = 0.1  # as slow as a real server, or the client's share of the time would be refused first
+             "workload.throughput.concurrency=[1,3]", "workload.throughput.output_tokens=4",
+             "server.request_timeout_s=5"]
+TOKEN_S = 0.05  # as slow as a real server, or the client's share of the time would be refused first
+NO_FLOOR = Floor(None, SimpleNamespace(), 4, 0)  # test_lies.py has one
 WORKER_ANSWER = (404, b'{"detail":"Not Found"}')  # what node 1 answers to every path but /health
 
 
@@ -58,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, body: dict[str, Any]) -> bytes:
         self.lie.requests += 1
-        time.sleep(ANSWER_S)
+        time.sleep(TOKEN_S * body["sampling_params"]["max_new_tokens"])
         warm = self.lie.cached_after is not None and self.lie.requests > self.lie.cached_after
         events = []
         for count in range(1, body["sampling_params"]["max_new_tokens"] + 1):
@@ -115,7 +118,7 @@ def config() -> RunConfig:
 
 
 def run(target: Target, config: RunConfig, samples: list[Sample]) -> None:
-    run_seed_tests(target, config, SimpleNamespace(vocab_size=49152), lambda _line: None, samples.append)
+    run_seed_tests(target, config, SimpleNamespace(vocab_size=49152), lambda _line: None, samples.append, NO_FLOOR)
 
 
 def test_the_seeds_failure_is_refused(serve: Callable[[Lie], Target], config: RunConfig) -> None:

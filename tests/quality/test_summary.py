@@ -3,9 +3,11 @@
 import csv
 import json
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
+from kvtuner_sglang import figure_style
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import (
     Environment,
@@ -17,7 +19,7 @@ from kvtuner_sglang.evidence.record import (
     Tracking,
     write_record,
 )
-from kvtuner_sglang.quality import summary
+from kvtuner_sglang.quality import drawing, summary
 from kvtuner_sglang.quality.compare import TokenRows
 from kvtuner_sglang.quality.figures import RULES, describe, item_metrics, prose_metrics
 from kvtuner_sglang.quality.session import records, table
@@ -103,16 +105,20 @@ def test_one_row_a_run_with_the_published_columns(folder):
 
 
 def test_figures_come_from_the_csv_and_repeat_to_the_byte(folder):
+    def drawn():
+        return {path.name: path.read_bytes() for name, figure in drawing.figures(folder).items()
+                for path in figure_style.save(figure, folder, name)}
+
     summary.write_summary(folder)
     for path in folder.glob("quality-*/record.json"):
         path.unlink()
-    first = {path.name: path.read_bytes() for path in summary.write_figures(folder)}
-    again = {path.name: path.read_bytes() for path in summary.write_figures(folder)}
+    first = drawn()
     assert set(first) == {"kl.pdf", "kl.png", "recall.pdf", "recall.png"}
-    assert first == again
+    with mpl.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):  # a user's own style
+        assert drawn() == first
     csv_path = folder / summary.CSV_FILE
     csv_path.write_text(csv_path.read_text().replace("0.88", "0.42"))
-    changed = {path.name: path.read_bytes() for path in summary.write_figures(folder)}
+    changed = drawn()
     assert changed["recall.png"] != first["recall.png"]
     assert changed["kl.png"] == first["kl.png"]
 

@@ -6,38 +6,9 @@ from typing import Any
 
 import pytest
 
-import kvtuner_sglang
-from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import RunFailed
-from kvtuner_sglang.quant import KVShape, format_hash
-from kvtuner_sglang.serving.verify import GIB, verify_server
-
-LAYERS = 30
-
-
-def truth(config: RunConfig) -> dict[str, Any]:
-    """What an honest server of `config` shows for SmolLM2's shape, fp32."""
-    dist, plan = config.dist, config.quant.plan(LAYERS)
-    ranks = []
-    for rank in range(dist.ranks):
-        pp_rank, tp_rank = divmod(rank, dist.tp)
-        layers = [pp_rank * LAYERS // dist.pp, (pp_rank + 1) * LAYERS // dist.pp]
-        page = config.quant.page_tokens
-        dtype, itemsize = ("float8_e4m3fn", 1) if config.quant.name == "fp8" else ("float32", 4)
-        per_token = KVShape(2, 64, itemsize, page).bytes_per_token(plan[slice(*layers)])
-        tokens = (int(config.server.kv_gib * GIB // (per_token * page)) - 1) * page
-        ranks.append({
-            "rank": rank, "tp_rank": tp_rank, "pp_rank": pp_rank, "node_rank": rank * dist.nnodes // dist.ranks,
-            "pid": 100 + rank, "device": "cpu", "attention": "reference",
-            "pool_class": "PackedKVPool" if config.quant.enabled else "MHATokenToKVPool",
-            "layers": layers, "kv_heads": 2, "head_dim": 64, "dtype": dtype, "page_size": page, "tokens": tokens,
-            "pool_bytes": int(per_token * (tokens + page)), "tail_bytes": 0, "bytes_per_token": per_token,
-            "enabled": config.quant.enabled, "plan_hash": format_hash(plan), "kv_gib": config.server.kv_gib,
-            "package_version": kvtuner_sglang.__version__, "sglang_version": "0.5.17",
-        })
-    shared = ("enabled", "plan_hash", "kv_gib", "package_version", "sglang_version")
-    return {"kvtuner": {**{k: ranks[0][k] for k in shared}, "ranks": ranks,
-                        "measurement": {"kv_noise": 0.0, "logits_dir": None}}}
+from kvtuner_sglang.serving.verify import verify_server
+from served_info import truth
 
 
 def last(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -76,6 +47,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a field is missing": (lambda k: k["ranks"][-1].pop("pool_class"), "not of this version"),
     "no ranks": (lambda k: k.pop("ranks"), "not of this version"),
 }
+RULE_OF = dict.fromkeys(("quantization is off", "SGLang's own pool", "one rank off"), "unquantized_pool")
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8", "kv8", "kv4", "kv2", "k8v4_token"])
@@ -92,18 +64,24 @@ def test_a_lie_is_one_sentence(compose, checkpoint_shape, lie: str) -> None:
     info = copy.deepcopy(truth(config))
     tell, sentence = LIES[lie]
     tell(info["kvtuner"])
-    with pytest.raises(RunFailed, match=sentence) as caught:
+    with pytest.raises(RunFailed, match=rf"^{RULE_OF.get(lie, 'wrong_server')}: .*{sentence}") as caught:
         verify_server(info, config, checkpoint_shape)
     assert "\n" not in str(caught.value)
 
 
 def test_a_server_without_the_plugin(compose, checkpoint_shape) -> None:
-    with pytest.raises(RunFailed, match="has no kvtuner part"):
+    with pytest.raises(RunFailed, match=r"^unquantized_pool: .*has no kvtuner part"):
         verify_server({"version": "0.5.17"}, compose("quant=kv4"), checkpoint_shape)
 
 
+def test_a_server_of_another_model(compose, checkpoint_shape) -> None:
+    config = compose("quant=kv4")
+    with pytest.raises(RunFailed, match=r"^wrong_server: the server serves /other .* asks for /no/checkpoint"):
+        verify_server(truth(config, model_path="/other"), config, checkpoint_shape)
+
+
 def test_full_precision_must_be_full_precision(compose, checkpoint_shape) -> None:
-    with pytest.raises(RunFailed, match="quantization is on but quant=bf16"):
+    with pytest.raises(RunFailed, match=r"^wrong_server: .*quantization is on but quant=bf16"):
         verify_server(truth(compose("quant=kv4")), compose("quant=bf16"), checkpoint_shape)
 
 

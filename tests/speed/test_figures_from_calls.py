@@ -3,9 +3,9 @@
 import pytest
 
 from kvtuner_sglang.errors import MeasurementInvalid
+from kvtuner_sglang.measure.hardware import PEAKS, Floor, peak_of
 from kvtuner_sglang.serving.checkpoint import prepare_checkpoint
 from kvtuner_sglang.speed.figures import decode_metrics, decode_rates, ttft_metrics
-from kvtuner_sglang.speed.hardware import PEAKS, Floor, peak_of
 
 NO_FLOOR = Floor(None, prepare_checkpoint("dummy:qwen2_5_7b", None), 2, 57344)
 H100 = Floor(peak_of("NVIDIA H100 80GB HBM3"), NO_FLOOR.checkpoint, 2, 57344)

@@ -1,4 +1,4 @@
-"""Records -> one table and one figure a GPU, with checksums, the figure from the table alone."""
+"""Records -> one table a GPU, with checksums, and its figure from the table alone."""
 
 import csv
 import hashlib
@@ -6,9 +6,9 @@ import hashlib
 import pytest
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.speed.decode_figure import write_figure
-from kvtuner_sglang.speed.publish import publish, published
-from kvtuner_sglang.speed.tidy import table_of, to_csv
+from kvtuner_sglang.figure_style import save
+from kvtuner_sglang.speed.decode_figure import figures
+from kvtuner_sglang.speed.publish import publish, tables
 
 COLUMNS = ["gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
            "ttft_ms", "tpot_ms", "commit"]
@@ -41,22 +41,27 @@ def test_the_table_has_exactly_the_columns_and_a_row_a_cell(folder):
 
 
 def test_table_and_checksums_come_back(folder):
-    assert to_csv(table_of(published(folder))) == (folder / "test_gpu_80gb.csv").read_text()
+    assert tables(folder) == {"test_gpu_80gb.csv": (folder / "test_gpu_80gb.csv").read_text()}
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert set(sums) == files - {"SHA256SUMS"}
     for name, digest in sums.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    assert {"test_gpu_80gb-decode.pdf", "test_gpu_80gb-decode.png", "speed-a/record.json"} <= files
+    assert {"test_gpu_80gb.csv", "speed-a/record.json"} <= files
 
 
-def test_the_figure_comes_from_the_table_alone_and_repeats_to_the_byte(folder):
+def test_the_figure_comes_from_the_table_alone_and_repeats_to_the_byte(folder, tmp_path):
+    def drawn():
+        [(name, figure)] = figures(folder).items()
+        return {path.name: path.read_bytes() for path in save(figure, tmp_path, name)}
+
     path = folder / "test_gpu_80gb.csv"
-    first = {figure.name: figure.read_bytes() for figure in write_figure(path)}
-    assert {figure.name: figure.read_bytes() for figure in write_figure(path)} == first
+    first = drawn()
+    assert set(first) == {"test_gpu_80gb_decode.pdf", "test_gpu_80gb_decode.png"}
+    assert drawn() == first
     path.write_text(path.read_text().replace(",100,", ",300,"))
-    assert write_figure(path)[1].read_bytes() != first["test_gpu_80gb-decode.png"]
+    assert drawn()["test_gpu_80gb_decode.png"] != first["test_gpu_80gb_decode.png"]
 
 
 def test_a_run_of_the_same_name_is_replaced_and_a_second_of_the_same_cells_refused(folder, run_dir, tmp_path):

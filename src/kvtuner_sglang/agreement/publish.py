@@ -41,12 +41,21 @@ def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
     found = {run_dir.name: (run_dir, publishable(run_dir, "agreement")) for run_dir in run_dirs}
     kept = [record for record in published(folder) if record.name not in found]
-    text = to_csv(table_of([*kept, *(record for _, record in found.values())]))
+    texts = _tables([*kept, *(record for _, record in found.values())])
     for name, (run_dir, _) in found.items():
         copy_run(run_dir, folder / name)
-    (folder / CSV_FILE).write_text(text)
+    (folder / CSV_FILE).write_text(texts[CSV_FILE])
     (folder / "README.md").write_text(README)
     return [folder / CSV_FILE, folder / "README.md", write_sums(folder)]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    return _tables(published(folder))
+
+
+def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
+    return {CSV_FILE: to_csv(table_of(records))}
 
 
 def main(arguments: Sequence[str]) -> None:

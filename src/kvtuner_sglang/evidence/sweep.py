@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from kvtuner_sglang.display_width import display_width, ljust
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import RunRecord, load_record, write_atomically
@@ -88,8 +89,8 @@ def summary_table(jobs: Sequence[SweepJob]) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table padded so that it reads as plain text, too."""
     cells = [list(header), *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+    widths = [max(display_width(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(ljust(cell, width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 

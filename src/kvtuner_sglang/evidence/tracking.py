@@ -2,28 +2,28 @@
 
 The record is written first and stays true whatever happens here: W&B runs in a process of its own, with a bound on its
 time, and a failure becomes a sentence in `record.tracking`.  Everything that it writes stays inside the run directory.
-
-    python -m kvtuner_sglang.evidence.tracking RUN_DIR        # the child process
+tracking=online goes to the server that W&B's own settings name (`wandb login --host`, WANDB_BASE_URL, WANDB_API_KEY).
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, Tracking, load_record, write_record
-from kvtuner_sglang.evidence.samples import SAMPLES_FILE
+from kvtuner_sglang.evidence.record import Tracking, load_record, write_record
 
-REPORT_FILE = "report.md"
+MIRROR = (sys.executable, "-m", "kvtuner_sglang.evidence.wandb_run")
 TRACKING_LOG = "wandb.log"
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 TIMEOUT_S = {"offline": 60.0, "online": 300.0}
-PRIVATE_DIRECTORIES = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+PRIVATE_DIRECTORIES = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+SETTINGS_DIRECTORY = "WANDB_CONFIG_DIR"  # the user's own where a server is asked for: it says which
 
 
-def mirror(run_dir: Path, command: Sequence[str] = (sys.executable, "-m", "kvtuner_sglang.evidence.tracking"),
-           timeout_s: float | None = None) -> Tracking:
+def mirror(run_dir: Path, command: Sequence[str] = MIRROR, timeout_s: float | None = None) -> Tracking:
     """Mirror run_dir's record to W&B and note in the record how that went; returns the note and never raises for W&B.
 
     `command` is what mirrors, given the run directory as its argument; timeout_s defaults by mode.
@@ -33,18 +33,18 @@ def mirror(run_dir: Path, command: Sequence[str] = (sys.executable, "-m", "kvtun
     if mode == "disabled":
         tracking = Tracking(mode=mode, status="disabled", group=group)
     else:
-        reason = _failure([*command, str(run_dir)], run_dir, timeout_s or TIMEOUT_S[mode])
+        reason = _failure([*command, str(run_dir)], run_dir, mode, timeout_s or TIMEOUT_S[mode])
         tracking = Tracking(mode=mode, status="failed" if reason else "ok", reason=reason, group=group)
     write_record(run_dir, record.model_copy(update={"tracking": tracking}))
     return tracking
 
 
-def _failure(command: list[str], run_dir: Path, timeout_s: float) -> str | None:
+def _failure(command: list[str], run_dir: Path, mode: str, timeout_s: float) -> str | None:
     """Run the child in its own process group; returns why it failed, or None. Its output goes to wandb.log."""
     log_path = run_dir / TRACKING_LOG
     with log_path.open("w", encoding="utf-8") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 env=_environment(run_dir))
+                                 env=environment(run_dir, mode))
         try:
             code = child.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -53,8 +53,14 @@ def _failure(command: list[str], run_dir: Path, timeout_s: float) -> str | None:
             _kill_group(child)
     if code == 0:
         return None
-    lines = [line for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"W&B ended with exit code {code}: {lines[-1] if lines else 'it said nothing'}"
+    return f"W&B ended with exit code {code}: {_last_words(log_path.read_text(encoding='utf-8', errors='replace'))}"
+
+
+def _last_words(log: str) -> str:
+    """The last exception of a log, of which W&B's have several lines, or its last line."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if EXCEPTION.match(line)]
+    return [*lines, *errors][-1] if lines else "it said nothing"
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
@@ -67,42 +73,10 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _environment(run_dir: Path) -> dict[str, str]:
+def environment(run_dir: Path, mode: str) -> dict[str, str]:
     """This process's environment with every place W&B writes to moved into the run directory."""
     private = str((run_dir / "wandb").resolve())
-    return {**os.environ, **{name: f"{private}/.{name[6:-4].lower()}" for name in PRIVATE_DIRECTORIES},
+    moved = PRIVATE_DIRECTORIES if mode == "online" else (*PRIVATE_DIRECTORIES, SETTINGS_DIRECTORY)
+    return {**os.environ, **{name: f"{private}/.{name[6:-4].lower()}" for name in moved},
             "WANDB_DIR": str(run_dir.resolve()), "WANDB_SILENT": "true", "WANDB_DISABLE_GIT": "true",
             "WANDB_DISABLE_CODE": "true", "WANDB_ERROR_REPORTING": "false"}
-
-
-def flat_metrics(record: RunRecord) -> dict[str, float]:
-    """{"ttft_ms/prompt_tokens=10/p50": 81.2, ...}, with the capacity beside it, as W&B shows it."""
-    flat = {f"{key}/{name}": value for key, metric in record.metrics.items()
-            for name, value in metric.model_dump(exclude={"unit"}).items()}
-    if record.kv is not None:
-        flat |= {"kv/tokens": record.kv.tokens, "kv/effective_bits": record.kv.effective_bits}
-    return flat
-
-
-def log_to_wandb(run_dir: Path) -> None:
-    """Write one W&B run with the record's configuration and metrics, and record, samples and report as an artifact."""
-    import wandb  # here, because a missing or broken W&B must fail only this process
-
-    record = load_record(run_dir)
-    (run_dir / "wandb").mkdir(exist_ok=True)
-    with wandb.init(
-        project=record.config["tracking"]["project"], dir=str(run_dir), mode=record.tracking.mode, name=record.name,
-        group=record.tracking.group, job_type=record.config["task"],
-        config={**record.config, "config_hash": record.config_hash, "git_sha": record.environment.git_sha},
-        settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
-    ) as run:
-        run.summary.update({"status": record.status, "reason": record.reason, **flat_metrics(record)})
-        artifact = wandb.Artifact(name=record.name, type="run")
-        for name in (RECORD_FILE, SAMPLES_FILE, REPORT_FILE):
-            if (run_dir / name).exists():  # a run that failed early has no report of samples
-                artifact.add_file(str(run_dir / name))
-        run.log_artifact(artifact)
-
-
-if __name__ == "__main__":
-    log_to_wandb(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""A finished run of task=kernels -> a published folder: its record and samples, one tidy table and two figures a GPU.
+"""A finished run of task=kernels -> a published folder: its record and samples, one tidy table a GPU.
 
     python -m kvtuner_sglang.kernel_bench.publish RUN_DIR runs/published/kernels
 
@@ -13,19 +13,25 @@ from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
-from kvtuner_sglang.kernel_bench.figures import write_figures
-from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, write_table
+from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, to_csv
 
 
 def publish(run_dir: Path, folder: Path) -> list[Path]:
-    """Copy and draw; returns what was written. Raises UserError if the run cannot be published."""
+    """Copy and tabulate; returns what was written. Raises UserError if the run cannot be published."""
     record = publishable(run_dir, "kernels")
     name = slug(gpu_of(record))
     table = table_of_run(run_dir, record)
     kept = folder / name
     copy_run(run_dir, kept)
-    path = write_table(table, folder / f"{name}.csv")
-    return [kept / RECORD_FILE, kept / SAMPLES_FILE, path, *write_figures(path), write_sums(folder)]
+    path = folder / f"{name}.csv"
+    path.write_text(to_csv(table))
+    return [kept / RECORD_FILE, kept / SAMPLES_FILE, path, write_sums(folder)]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    runs = sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    return {f"{run_dir.name}.csv": to_csv(table_of_run(run_dir, publishable(run_dir, "kernels"))) for run_dir in runs}
 
 
 def main(arguments: Sequence[str]) -> None:

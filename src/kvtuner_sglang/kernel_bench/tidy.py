@@ -46,6 +46,5 @@ def table_of_run(run_dir: Path, record: RunRecord) -> "pd.DataFrame":
     return tidy(samples, gpu_of(record), (record.environment.git_sha or "unknown")[:12])
 
 
-def write_table(frame: "pd.DataFrame", path: Path) -> Path:
-    frame.to_csv(path, index=False, float_format=FLOAT_FORMAT)
-    return path
+def to_csv(frame: "pd.DataFrame") -> str:
+    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.assemble import Figures
-from kvtuner_sglang.measure import memory, validity
+from kvtuner_sglang.measure import memory, physics, validity
+from kvtuner_sglang.measure.hardware import Floor
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.measure.target import Server, Target
 from kvtuner_sglang.measure.throughput import measure_throughput
@@ -19,19 +20,31 @@ if TYPE_CHECKING:
 
 
 def run_seed_tests(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: Callable[[str], None],
-                   keep: Callable[[Sample], None]) -> Figures:
+                   keep: Callable[[Sample], None], floor: Floor) -> Figures:
     """Time to first token, throughput and latency, memory.
 
     Every request's sample goes to `keep` as it ends (evidence.samples.SampleLog.append), also when it does not count.
+    floor: what this machine needs at least (physics.floor_of_run).
     Raises MeasurementInvalid naming the broken rule, or RunFailed naming the rank that is gone.
     """
     load = config.workload.throughput
     validity.require_enough_requests(load.requests_at(max(load.concurrency)), load.concurrency)
     validity.require_plain_server(cluster.server_info)
-    target = Target(cluster, config.server.request_timeout_s, keep)
+    taken: list[Sample] = []
+
+    def keep_here_too(sample: Sample) -> None:
+        keep(sample)
+        taken.append(sample)
+
+    target = Target(cluster, config.server.request_timeout_s, keep_here_too)
     prompts = PromptSource(checkpoint.vocab_size, config.seed)
     metrics = measure_ttft(target, config, prompts, say)
+    physics.require_above_floor(taken, floor)
     metrics |= measure_throughput(target, config, prompts, say)
+    physics.require_above_floor(taken, floor)
+    physics.require_tpot_above_floor(metrics, floor)
+    physics.require_work_takes_time(taken)
+    metrics |= physics.floor_metrics(floor, config.workload.ttft.prompt_tokens)
     cluster.check()
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)

@@ -69,9 +69,9 @@ def cold_cache(sample: Sample) -> str | None:
 
 
 SAMPLE_RULES: tuple[Callable[[Sample], str | None], ...] = (
-    http_200, no_error, prompt_tokens_as_sent, output_tokens_by_meta, output_tokens_by_stream, text_not_empty,
-    times_in_order, cold_cache,
-)
+    http_200, prompt_tokens_as_sent, output_tokens_by_meta, output_tokens_by_stream, text_not_empty, times_in_order,
+    cold_cache, no_error,
+)  # the client calls most of these an error, too: the last rule is for what no other one names
 
 
 RUN_RULES = {
@@ -81,6 +81,10 @@ RUN_RULES = {
     "fast_client": f"The client's workers idled at most {MAX_DISPATCH_SHARE:.0%} of the time.",
     "plain_server": "No measurement-only flag was in force.",
     "same_server": "The same server, format and ranks answered before and after the tests.",
+    "wrong_server": "Model, plan, versions, layers and byte budget of every rank are those asked for.",
+    "unquantized_pool": "Where quantization was asked for, every rank has our pool.",
+    "faster_than_floor": "No token came before this machine could compute it, nor a median step faster than it reads.",
+    "constant_time": "Answers of twice the tokens and more, where there were any, did not take the same time.",
 }
 
 
@@ -94,7 +98,8 @@ def violation(sample: Sample) -> str | None:
     """ "rule: reason" of the first rule that this request breaks, or None if it is a success."""
     for rule in SAMPLE_RULES:
         if reason := rule(sample):
-            return f"{rule.__name__}: {reason}"
+            said = f" ({sample.error})" if sample.error and sample.error not in reason else ""
+            return f"{rule.__name__}: {reason}{said}"
     return None
 
 

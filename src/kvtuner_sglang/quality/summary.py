@@ -1,9 +1,8 @@
-"""Quality records and recipe files -> one tidy CSV, and from the CSV alone two figures:
+"""Quality records and recipe files -> one tidy CSV:
 
     python -m kvtuner_sglang.quality.summary runs/published/quality
 
-The folder holds runs (quality-*/record.json) and recipe files (recipes-*.json); summary.csv and the figures are
-written into it.
+The folder holds runs (quality-*/record.json) and recipe files (recipes-*.json); summary.csv is written into it.
 """
 
 import json
@@ -18,7 +17,6 @@ from kvtuner_sglang.evidence.record import RunRecord, load_record
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
 COLUMNS = (
     "model", "quant", "key_axis", "group", "effective_bits", "kl", "kl_se", "top1_agreement", "ppl", "recall",
@@ -29,9 +27,8 @@ COLUMNS = (
 )
 OPTIONAL = ("recall_full", "recall_difference", "recall_difference_low", "recall_difference_high", "arithmetic_full")
 CSV_FILE = "summary.csv"
-FIGURES = {"kl": "KL(full || quantized), nats", "recall": "recall of 4-digit codes, share right"}
+FLOAT_FORMAT = "%.6g"
 AXES = {0: "token", 1: "channel"}
-SMALLEST_KL = 1e-7  # what a logarithmic axis shows of a format that changes nothing
 
 
 def row_of_record(record: RunRecord) -> dict[str, Any]:
@@ -87,70 +84,15 @@ def summarize(folder: Path) -> "pd.DataFrame":
     return frame.sort_values(["model", "engine", "effective_bits", "quant"], kind="stable", ignore_index=True)
 
 
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    return {CSV_FILE: summarize(folder).to_csv(index=False, float_format=FLOAT_FORMAT)}
+
+
 def write_summary(folder: Path) -> Path:
     path = folder / CSV_FILE
-    summarize(folder).to_csv(path, index=False, float_format="%.6g")
+    path.write_text(tables(folder)[CSV_FILE])
     return path
-
-
-def front(shown: "pd.DataFrame", column: str) -> "pd.DataFrame":
-    """Rows that no row of at most as many bits beats, by bits: what there is to choose from."""
-    better = shown[column].lt if column == "kl" else shown[column].gt
-    best = [index for index, row in shown.iterrows()
-            if not (better(row[column]) & (shown["effective_bits"] <= row["effective_bits"])).any()]
-    return shown.loc[best].drop_duplicates(["effective_bits", column]).sort_values("effective_bits")
-
-
-def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
-    """One model's `column` against effective bits; filled: through the engine, hollow: fake quantization.
-
-    A line joins the best of all, whose names are written; dashed: full precision.
-    """
-    shown = frame[frame[column].notna() & (frame["effective_bits"] < 16)].copy()
-    if column == "kl":
-        shown[column] = shown[column].clip(lower=SMALLEST_KL)
-        ax.set_yscale("log")
-    for engine, face in (("sglang", "C0"), ("transformers", "none")):
-        part = shown[shown["engine"] == engine]
-        ax.scatter(part["effective_bits"], part[column], s=18, facecolors=face, edgecolors="C0", linewidths=0.7,
-                   label=engine)
-    best = front(shown, column)
-    ax.plot(best["effective_bits"], best[column], color="C1", linewidth=0.7)
-    for _, row in best.iterrows():
-        ax.annotate(row["quant"], (row["effective_bits"], row[column]), textcoords="offset points",
-                    xytext=(2, 4 if column == "kl" else -5), rotation=55 if column == "kl" else -55, fontsize=5,
-                    va="bottom" if column == "kl" else "top", rotation_mode="anchor")
-    full = frame["recall_full"].dropna()
-    if column == "recall" and not full.empty:
-        ax.axhline(full.iloc[0], color="grey", linewidth=0.6, linestyle="--")
-    ax.set_title(frame["model"].iloc[0], fontsize=8)
-    ax.set_xlabel("effective bits per cached element", fontsize=7)
-    ax.tick_params(labelsize=7)
-
-
-def write_figures(folder: Path) -> list[Path]:
-    """kl.pdf and recall.pdf (and .png) from summary.csv alone; the same CSV gives the same bytes."""
-    import matplotlib as mpl
-    import pandas as pd
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    frame = pd.read_csv(folder / CSV_FILE)
-    paths = []
-    for column in FIGURES:
-        models = [rows for _, rows in frame.groupby("model") if rows[column].notna().any()]
-        figure, axes = plt.subplots(1, len(models), figsize=(3.1 * len(models), 3.6), sharex=True, sharey=True,
-                                    squeeze=False, layout="constrained")
-        for ax, rows in zip(axes[0], models, strict=True):
-            draw(ax, rows, column)
-        axes[0, 0].set_ylabel(FIGURES[column], fontsize=7)
-        axes[0, 0].legend(fontsize=6)
-        for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
-            paths.append((folder / column).with_suffix(suffix))
-            figure.savefig(paths[-1], metadata=metadata, dpi=200)
-        plt.close(figure)
-    return paths
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -158,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(__doc__)
     folder = Path(arguments[0])
     try:
-        paths = [write_summary(folder), *write_figures(folder), write_sums(folder)]
+        paths = [write_summary(folder), write_sums(folder)]
     except UserError as error:
         sys.exit(f"kvtuner: {error}")
     sys.stdout.write("".join(f"{path}\n" for path in paths))

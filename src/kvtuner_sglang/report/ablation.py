@@ -8,10 +8,10 @@ from typing import Any
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, load_record
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.report.language import Text
 
 SEED_ABLATION = ("bf16", "kv8", "kv4", "kv2")
 NOT_COMPARED = ("quant", "plan", "force", "runs_dir", "tracking", "report")
-Text = dict[str, str]
 
 
 def siblings(record: RunRecord, runs_dir: Path) -> list[RunRecord]:
@@ -55,7 +55,7 @@ def ablation_section(record: RunRecord, others: Sequence[RunRecord], text: Text)
               text["rate_at"].format(n=level), text["commit"])
     rows = [_row(name, runs.get(name), record, length, level, text) for name in names]
     parts = [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows)]
-    commits = sorted({_commit(run) for run in runs.values()})
+    commits = sorted({_commit(run, text) for run in runs.values()})
     if len(commits) > 1 or any(run.environment.git_dirty for run in runs.values()):
         parts.append(text["mixed_commits"].format(commits=", ".join(commits)))
     return parts
@@ -67,16 +67,17 @@ def _row(name: str, run: RunRecord | None, this: RunRecord, length: int, level: 
         return (name, "", command, "", "", "", "", "", "")
     label = text["this_run"].format(quant=name) if run.name == this.name else name
     if run.kv is None:
-        return (label, _flags(run), f"{run.status}: {run.reason}", "", "", "", "", "", _commit(run))
+        ended = text["ended"].format(status=text.status(run.status), reason=text.said(run.reason or ""))
+        return (label, _flags(run), ended, "", "", "", "", "", _commit(run, text))
     ratio = f"{run.kv.capacity_ratio:.2f}" if run.kv.capacity_ratio else ""
-    return (label, _flags(run), run.status, str(run.kv.tokens), ratio, f"{run.kv.effective_bits:.2f}",
+    return (label, _flags(run), text.status(run.status), str(run.kv.tokens), ratio, f"{run.kv.effective_bits:.2f}",
             f"{run.metric('ttft_ms', prompt_tokens=length).p50:.1f}",
-            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}", _commit(run))
+            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}", _commit(run, text))
 
 
-def _commit(run: RunRecord) -> str:
+def _commit(run: RunRecord, text: Text) -> str:
     sha = run.environment.git_sha
-    return f"{sha[:10]}{'+' if run.environment.git_dirty else ''}" if sha else "unknown"
+    return f"{sha[:10]}{'+' if run.environment.git_dirty else ''}" if sha else text["commit_unknown"]
 
 
 def _flags(run: RunRecord) -> str:

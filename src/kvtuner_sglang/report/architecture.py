@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from kvtuner_sglang.display_width import center, display_width, ljust
 from kvtuner_sglang.evidence.record import NodeCommandRecord, RankRecord
+from kvtuner_sglang.report.language import Text
 
 NODES_ABREAST = 2
-Text = dict[str, str]
 
 
 def diagram(commands: Sequence[NodeCommandRecord], ranks: Sequence[RankRecord], text: Text) -> str:
@@ -15,18 +16,18 @@ def diagram(commands: Sequence[NodeCommandRecord], ranks: Sequence[RankRecord], 
               for command in commands]
     rows = [blocks[i : i + NODES_ABREAST] for i in range(0, len(blocks), NODES_ABREAST)]
     abreast = len(rows[0])
-    width = max(len(line) for block in blocks for line in block) + 2
-    inner = max(abreast * (width + 1) - 1, len(text["cluster"]) + 2)
+    width = max(display_width(line) for block in blocks for line in block) + 2
+    inner = max(abreast * (width + 1) - 1, display_width(text["cluster"]) + 2)
     width += (inner - (abreast * (width + 1) - 1) + abreast - 1) // abreast
     inner = abreast * (width + 1) - 1
-    lines = ["┌" + "─" * inner + "┐", "│" + text["cluster"].center(inner) + "│"]
+    lines = ["┌" + "─" * inner + "┐", "│" + center(text["cluster"], inner) + "│"]
     for index, row in enumerate(rows):
         cells = row + [[""]] * (abreast - len(row))
         lines.append("├" + ("┬" if index == 0 else "┼").join(["─" * width] * abreast) + "┤")
-        lines += ["│" + "│".join(f" {line}".ljust(width) for line in together) + "│"
+        lines += ["│" + "│".join(ljust(f" {line}", width) for line in together) + "│"
                   for together in zip_longest(*cells, fillvalue="")]
     lines.append("├" + "┴".join(["─" * width] * abreast) + "┤")
-    lines.append("│" + _link(commands, ranks, text).center(inner) + "│")
+    lines.append("│" + center(_link(commands, ranks, text), inner) + "│")
     lines.append("└" + "─" * inner + "┘")
     return "\n".join(lines)
 
@@ -46,8 +47,8 @@ def _node_block(command: NodeCommandRecord, ranks: Sequence[RankRecord], text: T
 def _rank_box(rank: RankRecord, text: Text) -> list[str]:
     content = [f"{text['rank']} {rank.rank}", f"pid {rank.pid}", rank.device, f"PP{rank.pp_rank} TP{rank.tp_rank}",
                text["layers_of"].format(first=rank.layers[0], last=rank.layers[1] - 1)]
-    width = max(map(len, content))
-    return ["┌" + "─" * (width + 2) + "┐", *(f"│ {line.ljust(width)} │" for line in content),
+    width = max(map(display_width, content))
+    return ["┌" + "─" * (width + 2) + "┐", *(f"│ {ljust(line, width)} │" for line in content),
             "└" + "─" * (width + 2) + "┘"]
 
 

@@ -5,34 +5,42 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
-from kvtuner_sglang.evidence.record import KVRecord, NodeCommandRecord, RunRecord, load_record, write_atomically
+from kvtuner_sglang.evidence.record import (
+    Environment,
+    KVRecord,
+    NodeCommandRecord,
+    RunRecord,
+    load_record,
+    write_atomically,
+)
 from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.report.ablation import ablation_section, command_line, siblings
 from kvtuner_sglang.report.architecture import diagram, role
+from kvtuner_sglang.report.language import TEXTS, Text
 from kvtuner_sglang.report.tables import memory_section, throughput_section, ttft_section
-from kvtuner_sglang.report.text_en import TEXT as ENGLISH
 
 REPORT_FILE = "report.md"
-TEXTS = {"en": ENGLISH}
-Text = dict[str, str]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write run_dir/report.md from run_dir/record.json and the records beside run_dir; returns its path."""
+def write_report(run_dir: Path, first: Sequence[str] = ()) -> Path:
+    """Write run_dir/report.md from run_dir/record.json and the records beside run_dir; returns its path.
+
+    first: a task's own sections, shown before the results.
+    """
     record = load_record(run_dir)
     path = run_dir / REPORT_FILE
-    write_atomically(path, render(record, siblings(record, run_dir.parent)))
+    write_atomically(path, render(record, siblings(record, run_dir.parent), first))
     return path
 
 
-def render(record: RunRecord, others: Sequence[RunRecord] = ()) -> str:
+def render(record: RunRecord, others: Sequence[RunRecord] = (), first: Sequence[str] = ()) -> str:
     """The whole report as Markdown; a run that is not ok gets its reason and no figure."""
     text = TEXTS[record.config["report"]["language"]]
-    parts = [f"# {text['title'].format(date=record.started[:10])}", *_configuration(record, text)]
+    parts = [f"# {text['title'].format(date=record.started[:10])}", *_configuration(record, text), *first]
     if record.kv is None:
         parts += [
-            f"## {text['failed'].format(status=record.status)}",
-            text["failed_why"].format(status=record.status, reason=record.reason),
+            f"## {text['failed'].format(status=text.status(record.status))}",
+            text["failed_why"].format(status=text.status(record.status), reason=text.said(record.reason or "")),
             text["failed_logs"].format(samples=record.samples.file, count=record.samples.count),
         ]
     else:
@@ -51,14 +59,14 @@ def render(record: RunRecord, others: Sequence[RunRecord] = ()) -> str:
 def _configuration(record: RunRecord, text: Text) -> list[str]:
     dist, environment = record.config["dist"], record.environment
     rows = [
-        (text["status"], record.status),
+        (text["status"], text.status(record.status)),
         (text["date"], record.started),
         (text["model"], _model(record, text)),
         (text["distribution"], f"TP={dist['tp']}, PP={dist['pp']}, NNODES={dist['nnodes']}"),
         (text["quantization"], _quantization(record, text)),
         *((text["node"].format(rank=c.node_rank), f"{c.host}:{c.http_port} ({role(c.node_rank, text)})")
           for c in record.commands),
-        (text["machine"], environment.machine),
+        (text["machine"], _machine(environment, text)),
         (text["software"], ", ".join(f"{name} {version}" for name, version in environment.packages.items() if version)),
         (text["commit"], _commit(record, text)),
     ]
@@ -67,10 +75,17 @@ def _configuration(record: RunRecord, text: Text) -> list[str]:
 
 def _model(record: RunRecord, text: Text) -> str:
     if record.model is None:
-        return f"{record.config['model']['name']}: {text['not_known'].format(reason=record.unknown['model'])}"
+        unknown = text["not_known"].format(reason=text.said(record.unknown["model"]))
+        return f"{record.config['model']['name']}: {unknown}"
     model = record.model
-    return (f"{model.name} ({model.architecture}, {model.parameters / 1e6:.0f} M parameters, {model.dtype}), "
-            f"{model.source}, sha256 {model.sha256[:12]}")
+    return text["model_facts"].format(name=model.name, architecture=model.architecture, dtype=model.dtype,
+                                      parameters=model.parameters / 1e6, source=model.source, sha=model.sha256[:12])
+
+
+def _machine(environment: Environment, text: Text) -> str:
+    if environment.gpus:
+        return text["machine_gpu"].format(host=environment.host, gpus=", ".join(environment.gpus))
+    return text["machine_cpu"].format(host=environment.host, cpu=environment.cpu, cores=environment.cpu_cores)
 
 
 def _quantization(record: RunRecord, text: Text) -> str:
@@ -84,13 +99,13 @@ def _quantization(record: RunRecord, text: Text) -> str:
     bits = quant["name"]
     if quant.get("plan_file") is None:
         bits += f" (Key={quant['nbits_key']}bit, Value={quant['nbits_value']}bit)"
-    return bits if record.kv is None else f"{bits}: {record.kv.format}"
+    return bits if record.kv is None else text["bits_and_format"].format(bits=bits, format=text.said(record.kv.format))
 
 
 def _commit(record: RunRecord, text: Text) -> str:
     environment = record.environment
     if environment.git_sha is None:
-        return text["not_known"].format(reason=environment.unknown["git_sha"])
+        return text["not_known"].format(reason=text.said(environment.unknown["git_sha"]))
     return text["commit_dirty"].format(sha=environment.git_sha) if environment.git_dirty else environment.git_sha
 
 
@@ -100,7 +115,9 @@ def _one_host(kv: KVRecord, commands: Sequence[NodeCommandRecord], text: Text) -
     if len(commands) == 1 or len(hosts) > 1:
         return ""
     sentence = text["one_host"].format(nodes=len(commands), host=next(iter(hosts)))
-    return f"{sentence} {text['loopback']}" if all(_is_loopback(c.host) for c in commands) else sentence
+    if not all(_is_loopback(c.host) for c in commands):
+        return sentence
+    return text["sentence_gap"].join((sentence, text["loopback"]))
 
 
 def _is_loopback(host: str) -> bool:
@@ -113,7 +130,7 @@ def _is_loopback(host: str) -> bool:
 def _warnings(record: RunRecord, text: Text) -> list[str]:
     if not record.warnings:
         return []
-    return [f"### {text['warnings']}", "\n".join(f"- {warning}" for warning in record.warnings)]
+    return [f"### {text['warnings']}", "\n".join(f"- {text.said(warning)}" for warning in record.warnings)]
 
 
 def _commands(record: RunRecord, text: Text) -> list[str]:
@@ -141,7 +158,7 @@ def shell_command(command: NodeCommandRecord) -> str:
 
 def _validity(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
     samples = record.samples
-    return [f"## {text['validity']}", text["validity_text"], "\n".join(f"- {rule}" for rule in record.rules),
+    return [f"## {text['validity']}", text["validity_text"], "\n".join(f"- {text.said(rule)}" for rule in record.rules),
             text["validity_plan"].format(plan=kv.plan_hash),
             text["validity_samples"].format(count=samples.count, file=samples.file, sha=samples.sha256[:16])]
 
@@ -150,7 +167,7 @@ def _reproduce(record: RunRecord, text: Text) -> list[str]:
     environment = record.environment
     intro = text["reproduce_text"].format(
         sha=_commit(record, text),
-        lock=environment.lock_file or text["not_known"].format(reason=environment.unknown["lock_file"]),
+        lock=environment.lock_file or text["not_known"].format(reason=text.said(environment.unknown["lock_file"])),
     )
     parts = [f"## {text['reproduce']}", intro, f"```bash\n{command_line(record, 'force=true')}\n```"]
     return [*parts, text["reproduce_single"]] if record.commands else parts

@@ -2,11 +2,11 @@
 
 from kvtuner_sglang.evidence.record import DeviceMemory, KVRecord, RunRecord
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.report.language import Text
 
 MIB = 2**20
 LEVEL_BAND = 0.1  # a change of the median below ten percent is called level
 MODEL_BITS = 16  # what effective_bits calls the model's own precision
-Text = dict[str, str]
 
 
 def ttft_section(record: RunRecord, text: Text) -> list[str]:
@@ -17,7 +17,7 @@ def ttft_section(record: RunRecord, text: Text) -> list[str]:
     rows = [(text["n_tokens"].format(n=n), *(f"{v:.2f}" for v in (m.mean, m.min, m.max, m.p50, m.p90)), str(m.n))
             for n, m in zip(lengths, metrics, strict=True)]
     return [f"### 1. {text['ttft']}", markdown_table(header, rows), text["ttft_method"],
-            f"**{text['analysis']}**: {_ttft_analysis(record, lengths, text)}"]
+            text["analysis"].format(sentences=_ttft_analysis(record, lengths, text))]
 
 
 def _ttft_analysis(record: RunRecord, lengths: list[int], text: Text) -> str:
@@ -44,7 +44,7 @@ def throughput_section(record: RunRecord, text: Text) -> list[str]:
                                          "latency_p90", "tpot_p50", "success", "requests"))
     method = text["throughput_method"].format(prompt=load["prompt_tokens"], output=load["output_tokens"])
     return [f"### 2. {text['throughput']}", markdown_table(header, [_level_row(record, level) for level in levels]),
-            method, f"**{text['analysis']}**: {_throughput_analysis(record, levels, text)}"]
+            method, text["analysis"].format(sentences=_throughput_analysis(record, levels, text))]
 
 
 def _level_row(record: RunRecord, level: int) -> tuple[str, ...]:
@@ -75,19 +75,19 @@ def memory_section(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
     header = tuple(text[key] for key in ("device", "node_column", "used_mib", "total_mib", "utilization", "source"))
     return [
         f"### 3. {text['memory']}",
-        markdown_table(header, [_device_row(device) for device in record.memory]),
+        markdown_table(header, [_device_row(device, text) for device in record.memory]),
         text["prealloc"],
         _pool_table(kv, text),
-        f"**{text['analysis']}**: {_memory_analysis(kv, text)}",
+        text["analysis"].format(sentences=_memory_analysis(kv, text)),
     ]
 
 
-def _device_row(device: DeviceMemory) -> tuple[str, ...]:
+def _device_row(device: DeviceMemory, text: Text) -> tuple[str, ...]:
     used, total = device.used_mib, device.total_mib
     share = f"{used / total:.1%}" if used is not None and total is not None else ""
-    return (device.name, "" if device.node_rank is None else str(device.node_rank),
-            f"{used:.0f}" if used is not None else device.unknown["used_mib"],
-            f"{total:.0f}" if total is not None else "", share, device.source)
+    return (text.said(device.name), "" if device.node_rank is None else str(device.node_rank),
+            f"{used:.0f}" if used is not None else text.said(device.unknown["used_mib"]),
+            f"{total:.0f}" if total is not None else "", share, text.said(device.source))
 
 
 def _pool_table(kv: KVRecord, text: Text) -> str:
@@ -128,4 +128,4 @@ def _memory_analysis(kv: KVRecord, text: Text) -> str:
                                                      ratio=kv.capacity_ratio))
         if kv.full_precision_dtype == "float32":
             sentences.append(text["memory_ratio_16"].format(ratio=kv.capacity_ratio / 2))
-    return " ".join(sentences)
+    return text["sentence_gap"].join(sentences)

@@ -22,15 +22,32 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Info = dict[str, Any]
 
 
+class _Unquantized(RunFailed):
+    """Quantization was asked for, and keys and values are not in our pool."""
+
+
 def verify_server(info: Info, config: RunConfig, checkpoint: Checkpoint,
                   measurement: Measurement | None = None) -> Info:
-    """The "kvtuner" part of /server_info; raises RunFailed, one sentence, at the first thing that is not as asked."""
+    """The "kvtuner" part of /server_info; raises RunFailed, one sentence, at the first thing that is not as asked.
+
+    The sentence begins with the rule: "unquantized_pool: " or "wrong_server: ".
+    """
+    try:
+        return _verified(info, config, checkpoint, measurement or Measurement())
+    except _Unquantized as error:
+        raise RunFailed(f"unquantized_pool: {error}") from error
+    except RunFailed as error:
+        raise RunFailed(f"wrong_server: {error}") from error
+
+
+def _verified(info: Info, config: RunConfig, checkpoint: Checkpoint, measurement: Measurement) -> Info:
     kvtuner = info.get("kvtuner")
     if not isinstance(kvtuner, dict):
-        raise RunFailed(f"/server_info has no kvtuner part, so the plugin did not load: {REINSTALL}.")
+        raise _Unquantized(f"/server_info has no kvtuner part, so the plugin did not load: {REINSTALL}.")
     plan = config.quant.plan(checkpoint.layers)
     try:
-        _check_switches(kvtuner, config, measurement or Measurement())
+        _check_model(info, checkpoint)
+        _check_switches(kvtuner, config, measurement)
         _check_versions("the server", kvtuner)
         _check_ranks(kvtuner["ranks"], config, checkpoint)
         _check_plan("the server", kvtuner, plan)
@@ -42,10 +59,17 @@ def verify_server(info: Info, config: RunConfig, checkpoint: Checkpoint,
     return kvtuner
 
 
+def _check_model(info: Info, checkpoint: Checkpoint) -> None:
+    if info["model_path"] != str(checkpoint.path):
+        raise RunFailed(f"the server serves {info['model_path']} but the configuration asks for {checkpoint.path}: end "
+                        "the other server.")
+
+
 def _check_switches(kvtuner: Info, config: RunConfig, measurement: Measurement) -> None:
     if kvtuner["enabled"] is not config.quant.enabled:
-        raise RunFailed(f"the server says that quantization is {_on(kvtuner['enabled'])} but quant={config.quant.name} "
-                        f"asks for {_on(config.quant.enabled)}: {REINSTALL}.")
+        error = _Unquantized if config.quant.enabled else RunFailed
+        raise error(f"the server says that quantization is {_on(kvtuner['enabled'])} but quant={config.quant.name} "
+                    f"asks for {_on(config.quant.enabled)}: {REINSTALL}.")
     logits_dir = None if measurement.logits_dir is None else str(measurement.logits_dir)
     asked = {"kv_noise": measurement.kv_noise, "logits_dir": logits_dir}
     if kvtuner["measurement"] != asked:
@@ -88,8 +112,9 @@ def _check_ranks(ranks: list[Info], config: RunConfig, checkpoint: Checkpoint) -
 def _check_pool(rank: Info, config: RunConfig, plan: Sequence[KVFormat]) -> None:
     wanted = PACKED_POOL if config.quant.enabled else PLAIN_POOL
     if rank["pool_class"] != wanted or rank["enabled"] is not config.quant.enabled:
-        raise RunFailed(f"{_name(rank)} keeps its keys and values in {rank['pool_class']} instead of {wanted}: "
-                        f"{REINSTALL}.")
+        error = _Unquantized if config.quant.enabled else RunFailed
+        raise error(f"{_name(rank)} keeps its keys and values in {rank['pool_class']} instead of {wanted}: "
+                    f"{REINSTALL}.")
     attention = choose_attention(config.server.attention, rank["device"].startswith("cpu"))
     if config.quant.enabled and not rank["attention"].startswith(attention):
         raise RunFailed(f"{_name(rank)} serves by {rank['attention']} attention instead of {attention}: start every "

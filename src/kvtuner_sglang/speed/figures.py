@@ -7,13 +7,13 @@ from typing import Any
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.record import KVRecord, Metric, metric_key
+from kvtuner_sglang.measure.hardware import MS_PER_S, Floor
 from kvtuner_sglang.measure.memory import ITEMSIZE, kv_record
 from kvtuner_sglang.measure.metrics import summarize
 from kvtuner_sglang.quant import KVShape
 from kvtuner_sglang.serving.dummy_checkpoint import RANDOM_WEIGHTS, is_dummy
 from kvtuner_sglang.speed import validity
 from kvtuner_sglang.speed.calls import Call, SpeedResult
-from kvtuner_sglang.speed.hardware import MS_PER_S, Floor
 
 NO_FLOOR = "The peaks of this device are not listed, so no time was held against its physical floor."
 

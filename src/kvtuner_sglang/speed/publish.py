@@ -1,8 +1,8 @@
-"""Finished runs of task=speed -> a published folder: their records and samples, a tidy table and a figure for each GPU.
+"""Finished runs of task=speed -> a published folder: their records and samples, a tidy table for each GPU.
 
     python -m kvtuner_sglang.speed.publish RUN_DIR... runs/published/engine
 
-A run replaces the published one of the same name; table and figure are made anew from all runs in the folder.
+A run replaces the published one of the same name; tables are made anew from all runs in the folder.
 """
 
 import sys
@@ -12,7 +12,6 @@ from pathlib import Path
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
-from kvtuner_sglang.speed.decode_figure import write_figure
 from kvtuner_sglang.speed.tidy import table_of, to_csv
 
 
@@ -22,19 +21,25 @@ def published(folder: Path) -> list[RunRecord]:
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy, tabulate and draw; returns what was written. Raises UserError, before it writes, if a run cannot be."""
+    """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
     found = {run_dir.name: (run_dir, publishable(run_dir, "speed")) for run_dir in run_dirs}
     kept = [record for record in published(folder) if record.name not in found]
     records = sorted([*kept, *(record for _, record in found.values())], key=lambda record: record.name)
-    frame = table_of(records)
+    texts = _tables(records)
     for name, (run_dir, _) in found.items():
         copy_run(run_dir, folder / name)
-    paths = []
-    for gpu, rows in frame.groupby("gpu"):
-        path = folder / f"{slug(str(gpu))}.csv"
-        path.write_text(to_csv(rows))
-        paths += [path, *write_figure(path)]
-    return [*paths, write_sums(folder)]
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [*(folder / name for name in texts), write_sums(folder)]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    return _tables(published(folder))
+
+
+def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
+    return {f"{slug(str(gpu))}.csv": to_csv(rows) for gpu, rows in table_of(records).groupby("gpu")}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ RUN_RULES = {
     "distinct_prompts": "No two prompts begin with the same token.",
     "warm_up": "Calls of the same shape went before the measured ones.",
     "longer_takes_longer": "In every round the longer answers took longer.",
-    "physical_floor": "On a GPU that speed/hardware.py lists, nothing was faster than its memory and its arithmetic.",
+    "physical_floor": "On a GPU that measure/hardware.py lists, nothing was faster than its memory and its arithmetic.",
     "same_format": "The engine reports the format that was asked for.",
 }
 

@@ -1,14 +1,19 @@
-"""What run.py can do: one module per task, each with run(config, overrides, say) -> Outcome."""
+"""What run.py can do: one module per task, each with a run(...) -> Outcome."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import RECORD_FILE, load_record
 
+OF_WHAT_IS_PUBLISHED = ("claims", "figures", "paper")  # tasks that measure nothing
+
 
 def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], None]) -> Outcome:
     """Run the configured task, unless its record is there and finished; raises UserError."""
+    if config.task in OF_WHAT_IS_PUBLISHED:
+        return import_module(f"kvtuner_sglang.tasks.{config.task}").run(say)
     if (config.run_dir / RECORD_FILE).exists() and not config.force:
         record = load_record(config.run_dir)
         if record.status == "ok":
@@ -39,6 +44,10 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         from kvtuner_sglang.tasks import agreement
 
         return agreement.run(config, overrides, say)
+    if config.task == "forensics":
+        from kvtuner_sglang.tasks import forensics
+
+        return forensics.run(config, overrides, say)
     from kvtuner_sglang.tasks import serve
 
     return serve.run(config, overrides, say)

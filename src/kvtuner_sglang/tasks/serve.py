@@ -8,6 +8,7 @@ from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.measure.physics import floor_of_run
 from kvtuner_sglang.measure.seed_tests import run_seed_tests
 from kvtuner_sglang.report.console import print_summary
 from kvtuner_sglang.report.markdown import write_report
@@ -33,10 +34,13 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     elif config.quality.probe:
         require_probed(config, checkpoint, say)
     say(f"{config.run_dir}")
+
     def measure(attempt: Attempt, log: SampleLog) -> Figures:
+        # Before there is a server: one that idles keeps a core busy.
+        floor = floor_of_run(config, checkpoint, attempt.environment.machine, say)
         with running_cluster(config, checkpoint, config.run_dir, say) as cluster:
             attempt.commands = cluster.commands
-            return run_seed_tests(cluster, config, checkpoint, say, log.append)
+            return run_seed_tests(cluster, config, checkpoint, say, log.append, floor)
 
     with run_directory(config.run_dir):
         attempt = record(config, overrides, measure, checkpoint=checkpoint)

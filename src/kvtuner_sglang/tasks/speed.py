@@ -12,6 +12,7 @@ from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import Environment
 from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.measure.hardware import Floor, peak_of
 from kvtuner_sglang.measure.memory import ITEMSIZE
 from kvtuner_sglang.serving.bounded_process import run_bounded
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
@@ -21,7 +22,6 @@ from kvtuner_sglang.serving.ports import choose_ports
 from kvtuner_sglang.speed import console, plan
 from kvtuner_sglang.speed.calls import SpeedResult, SpeedSpec, read_calls
 from kvtuner_sglang.speed.figures import EngineSample, figures
-from kvtuner_sglang.speed.hardware import Floor, peak_of
 from kvtuner_sglang.tasks.recorded import Attempt, record, require_plan
 from kvtuner_sglang.tasks.run_directory import run_directory
 

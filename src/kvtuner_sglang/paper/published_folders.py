@@ -1,0 +1,45 @@
+"""The folders of runs/published: who makes their tables from their records, and who draws them.
+
+A new folder is a line here, a claim in paper/claims.yaml and, if it is to be seen, a function that draws it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PUBLISHED = Path("runs") / "published"  # under the project's root
+
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """tables: "module:function", folder -> {file name: text that its records give}; figures: folder -> {name: Figure}.
+
+    By name, so that nothing is imported for a folder that is not there; None if it has none.
+    """
+
+    tables: str | None = None
+    figures: str | None = None
+
+    def make_tables(self, folder: Path) -> dict[str, str]:
+        return resolve_name(self.tables)(folder) if self.tables else {}
+
+    def draw(self, folder: Path) -> "dict[str, Figure]":
+        return resolve_name(self.figures)(folder) if self.figures else {}
+
+
+FOLDERS = {
+    "quality": PublishedFolder("kvtuner_sglang.quality.summary:tables", "kvtuner_sglang.quality.drawing:figures"),
+    "kernels": PublishedFolder("kvtuner_sglang.kernel_bench.publish:tables",
+                               "kvtuner_sglang.kernel_bench.figures:figures"),
+    "engine": PublishedFolder("kvtuner_sglang.speed.publish:tables", "kvtuner_sglang.speed.decode_figure:figures"),
+    "agreement": PublishedFolder("kvtuner_sglang.agreement.publish:tables"),
+}
+
+
+def published_folders(root: Path) -> list[Path]:
+    """The folders that are published under the project's root, by name."""
+    return sorted(path for path in (root / PUBLISHED).iterdir() if path.is_dir())
