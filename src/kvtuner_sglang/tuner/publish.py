@@ -58,6 +58,10 @@ def table_of(folder: Path) -> "pd.DataFrame":
     return frame.sort_values(["model", "budget_bits", "run"], kind="stable", ignore_index=True)
 
 
+def to_csv(frame: "pd.DataFrame") -> str:
+    return str(frame.to_csv(index=False, float_format="%.6g"))
+
+
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy, tabulate and draw; returns what was written. Raises UserError, before it writes, if a run cannot be."""
     for run_dir in run_dirs:
@@ -72,7 +76,7 @@ def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
             shutil.copyfile(run_dir / PLAN_FILE, kept / PLAN_FILE)
         paths += [kept / PLAN_FILE, write_report(kept), *write_figures(kept)]
     table = folder / CSV_FILE
-    table_of(folder).to_csv(table, index=False, float_format="%.6g")
+    table.write_text(to_csv(table_of(folder)))
     return [*paths, table, write_sums(folder)]
 
 
