@@ -14,6 +14,7 @@ from kvtuner_sglang.kernel_bench.tidy import FLOAT_FORMAT, gpu_of, table_of_run
 from kvtuner_sglang.quality.summary import CSV_FILE, summarize
 from kvtuner_sglang.speed.publish import published
 from kvtuner_sglang.speed.tidy import table_of, to_csv
+from kvtuner_sglang.tuner import publish as tuner
 
 PUBLISHED = Path(__file__).parents[1] / "runs" / "published"
 KERNELS = sorted(path.parent for path in PUBLISHED.glob("kernels/*/record.json"))
@@ -74,3 +75,9 @@ def test_the_agreement_table_is_what_the_records_give():
     records = agreement.published(folder)
     tables = [path.read_text() for path in folder.glob("*.csv")]
     assert tables == ([agreement_table.to_csv(agreement_table.table_of(records))] if records else [])
+
+
+def test_the_tuner_table_is_what_the_records_give():
+    folder = PUBLISHED / "tuner"
+    tables = [path.read_text() for path in folder.glob("*.csv")]
+    assert tables == ([tuner.to_csv(tuner.table_of(folder))] if any(folder.glob("tune-*")) else [])

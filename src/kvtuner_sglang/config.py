@@ -23,6 +23,7 @@ from kvtuner_sglang.quality.config import QualityConfig
 from kvtuner_sglang.quant import KVFormat, LayerFormat, ModelIdentity, PlanFile, load_plan, page_tokens, uniform_plan
 from kvtuner_sglang.quant.plan_file import absolute, naming, plan_path
 from kvtuner_sglang.speed.config import SpeedConfig
+from kvtuner_sglang.tuner.config import TuneConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -227,7 +228,7 @@ class RunConfig:
     """Everything one run depends on."""
 
     task: Literal["serve", "quality", "probe", "kernels", "speed", "agreement", "forensics", "claims", "figures",
-                  "paper"]
+                  "paper", "tune"]
     model: ModelConfig
     quant: QuantConfig
     dist: DistConfig
@@ -236,6 +237,7 @@ class RunConfig:
     quality: QualityConfig
     kernels: KernelsConfig
     speed: SpeedConfig
+    tune: TuneConfig
     agreement: AgreementConfig
     tracking: TrackingConfig
     plan: PlanConfig
@@ -252,8 +254,12 @@ class RunConfig:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
         if self.task == "kernels":
             kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
+        elif self.task == "tune":
+            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "model", "tune", "seed")}
+            kept["device"] = self.server.device
         else:
-            other_tasks = {"workload", "quality", "kernels", "speed", "agreement"} - {LOADS.get(self.task, "workload")}
+            loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
+            other_tasks = loads - {LOADS.get(self.task, "workload")}
             left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
             kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
             kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
@@ -264,6 +270,8 @@ class RunConfig:
     def slug(self) -> str:
         if self.task == "kernels":
             return f"kernels-{self.kernels.name}"
+        if self.task == "tune":
+            return f"tune-{self.model.name}-{self.tune.name}-{self.tune.bits:g}bit"
         load = getattr(self, LOADS.get(self.task, "workload")).name
         if self.task == "speed":
             load = f"{self.speed.backend}-{load}"

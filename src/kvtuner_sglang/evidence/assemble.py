@@ -54,6 +54,8 @@ def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, statu
         missing |= dict.fromkeys(("model", "kv"), "kernels are timed without a model or an engine")
     elif checkpoint is None:
         missing["model"] = "the run ended before its checkpoint was ready"
+    if config.task == "tune":
+        missing["kv"] = "plans are scored without an engine"
     if figures is None:
         missing["kv"] = f"the run is {status}, so it carries no figures"
     return RunRecord(

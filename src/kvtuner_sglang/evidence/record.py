@@ -214,7 +214,7 @@ class RunRecord(Explained):
     @model_validator(mode="after")
     def _only_ok_has_figures(self) -> Self:
         if self.status == "ok":
-            served = self.config.get("task") != "kernels"  # kernels are timed without an engine
+            served = self.config.get("task") not in ("kernels", "tune")  # these measure without an engine
             if not self.metrics or not self.rules or (served and self.kv is None):
                 raise ValueError("a run with status ok needs metrics, the rules that held and, if it served, kv")
             return self

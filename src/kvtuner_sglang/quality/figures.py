@@ -8,7 +8,7 @@ import numpy as np
 
 from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.record import KVRecord, Metric
-from kvtuner_sglang.measure.metrics import summarize
+from kvtuner_sglang.measure.metrics import single, summarize
 from kvtuner_sglang.quality.compare import Mean, TokenRows, block_mean, paired_difference, share
 from kvtuner_sglang.quality.engine_run import as_lists
 from kvtuner_sglang.quality.measure import Quality
@@ -60,11 +60,11 @@ def prose_metrics(rows: Sequence[TokenRows]) -> dict[str, Metric]:
     metrics = {
         "kl_nats": summarize(joined.kl.tolist(), "nats"),
         "top1_agreement": summarize(joined.agree.tolist(), "share"),
-        "perplexity": _single(joined.perplexity, "1", kl.n),
-        "perplexity_full": _single(joined.perplexity_full, "1", kl.n),
+        "perplexity": single(joined.perplexity, "1", kl.n),
+        "perplexity_full": single(joined.perplexity_full, "1", kl.n),
     }
     if np.isfinite(kl.standard_error):
-        metrics["kl_se_nats"] = _single(kl.standard_error, "nats", kl.n)
+        metrics["kl_se_nats"] = single(kl.standard_error, "nats", kl.n)
     return metrics
 
 
@@ -74,11 +74,11 @@ def item_metrics(name: str, right: Sequence[bool], right_full: Sequence[bool]) -
     low, high = difference.interval95
     return {
         name: summarize([float(x) for x in right], "share"),
-        f"{name}_se": _single(share(right).standard_error, "share", len(right)),
+        f"{name}_se": single(share(right).standard_error, "share", len(right)),
         f"{name}_full": summarize([float(x) for x in right_full], "share"),
         f"{name}_difference": _mean(difference),
-        f"{name}_difference_low": _single(low, "share", difference.n),
-        f"{name}_difference_high": _single(high, "share", difference.n),
+        f"{name}_difference_low": single(low, "share", difference.n),
+        f"{name}_difference_high": single(high, "share", difference.n),
     }
 
 
@@ -112,10 +112,5 @@ def _warnings(metrics: dict[str, Metric]) -> tuple[str, ...]:
     return ()
 
 
-def _single(value: float, unit: str, n: int) -> Metric:
-    """One figure that was computed from `n` values."""
-    return Metric(unit=unit, n=n, mean=value, p50=value, p90=value, p99=value, min=value, max=value)
-
-
 def _mean(mean: Mean) -> Metric:
-    return _single(mean.value, "share", mean.n)
+    return single(mean.value, "share", mean.n)

@@ -81,6 +81,29 @@ def logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
+def layer_inputs(model: Any, ids: torch.Tensor, first: int = 0,
+                 hidden: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """What enters layer `first` and those after it, and what leaves the last: (batch, tokens, hidden_size) each.
+
+    ids: (batch, tokens).  hidden: what enters layer `first`, unless that is 0.
+    """
+    body = model.model
+    states = [body.embed_tokens(ids) if hidden is None else hidden]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    embeddings = body.rotary_emb(states[0], positions)
+    for layer in body.layers[first:]:
+        states.append(layer(states[-1], attention_mask=None, position_ids=positions, position_embeddings=embeddings,
+                            use_cache=False))
+    return states
+
+
+@torch.inference_mode()
+def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, vocabulary) fp32 of what leaves the last layer, (rows, hidden_size)."""
+    return model.lm_head(model.model.norm(hidden)).float()
+
+
+@torch.inference_mode()
 def key_statistics(model: Any, tokens: Sequence[int]) -> list[KeyStatistics]:
     """Each layer's keys over a calibration text, in full precision."""
     _state.recorded = {}

@@ -178,15 +178,18 @@ class KVShape:
 
 
 def kv_format(*, bits_key: int, bits_value: int, axis_key: int, axis_value: int, group_size: int | None, asym: bool,
-              key_boost: bool | None) -> KVFormat:
+              key_boost: bool | None, asym_value: bool | None = None) -> KVFormat:
     """Keys and values as users ask for them.
 
     key_boost: None boosts asymmetric 4-bit keys per channel beside values of 4 or 8 bits.  Boosted keys are paid for by
-    values without a zero (symmetric), unless those have 2 bits, whose four levels an offset would waste.
+    values without a zero (symmetric), unless those have 2 bits.  asym_value, if given, says alone whether values have a
+    zero.
     """
     if key_boost is None:
         key_boost = asym and axis_key == PER_CHANNEL and bits_key == BOOSTED_BITS and bits_value in (4, 8)
     symmetric_value = not asym or (key_boost and bits_value > 2)
+    if asym_value is not None:
+        symmetric_value = not asym_value
     return KVFormat(TensorFormat(bits_key, group_size, not asym, axis_key, key_boost),
                     TensorFormat(bits_value, group_size, symmetric_value, axis_value))
 

@@ -7,7 +7,8 @@
       3,13-15: {nbits_key: 8, nbits_value: 2, axis_key: 0}
     provenance: {tool: ..., commit: ..., calibration: ..., date: ..., score: {kl: 0.01}}
 
-A format's keys are those of conf/quant and of the plugin's flags, with the same defaults.  Also read is the older JSON
+A format's keys are those of conf/quant and of the plugin's flags, with the same defaults, and asym_value, which says of
+values alone whether they have a zero.  Also read is the older JSON
 form {"layer_bits": {"0-5": 8, "6-20": 4}, "default_bits": 4}, which names no model: keys and values have the same bits,
 everything else is what the flags say.
 """
@@ -71,12 +72,13 @@ class LayerFormat:
     group_size: PositiveInt | None = None
     asym: bool = True
     key_boost: bool | None = None
+    asym_value: bool | None = None
 
     def kv_format(self) -> KVFormat:
         """Raises ConfigError if it does not exist."""
         return kv_format(bits_key=self.nbits_key, bits_value=self.nbits_value, axis_key=self.axis_key,
                          axis_value=self.axis_value, group_size=self.group_size, asym=self.asym,
-                         key_boost=self.key_boost)
+                         key_boost=self.key_boost, asym_value=self.asym_value)
 
 
 def _text_keys(tree: Any) -> Any:

@@ -36,6 +36,10 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         from kvtuner_sglang.tasks import speed
 
         return speed.run(config, overrides, say)
+    if config.task == "tune":
+        from kvtuner_sglang.tasks import tune
+
+        return tune.run(config, overrides, say)
     if config.task == "agreement":
         from kvtuner_sglang.tasks import agreement
 
