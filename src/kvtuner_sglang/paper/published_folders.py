@@ -8,9 +8,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
+from kvtuner_sglang.evidence.published import SUMS_FILE
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WAITING = {"README.md", SUMS_FILE}  # files of a folder without a run
 PUBLISHED = Path("runs") / "published"  # under the project's root
 
 
@@ -37,11 +40,13 @@ FOLDERS = {
                                "kvtuner_sglang.kernel_bench.figures:figures"),
     "engine": PublishedFolder("kvtuner_sglang.speed.publish:tables", "kvtuner_sglang.speed.decode_figure:figures"),
     "agreement": PublishedFolder("kvtuner_sglang.agreement.publish:tables"),
+    "tuner": PublishedFolder("kvtuner_sglang.tuner.publish:tables"),
     "forensics": PublishedFolder("kvtuner_sglang.forensics.publish:tables", "kvtuner_sglang.forensics.figure:figures"),
     "ablation": PublishedFolder("kvtuner_sglang.ablation.publish:tables"),
 }
 
 
 def published_folders(root: Path) -> list[Path]:
-    """The folders that are published under the project's root, by name."""
-    return sorted(path for path in (root / PUBLISHED).iterdir() if path.is_dir())
+    """The folders that are published under the project's root, by name; one that waits for its first run is not yet."""
+    return sorted(path for path in (root / PUBLISHED).iterdir()
+                  if path.is_dir() and {file.name for file in path.rglob("*") if file.is_file()} - WAITING)

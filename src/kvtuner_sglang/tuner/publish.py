@@ -75,9 +75,15 @@ def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
             copy_run(run_dir, kept)
             shutil.copyfile(run_dir / PLAN_FILE, kept / PLAN_FILE)
         paths += [kept / PLAN_FILE, write_report(kept), *write_figures(kept)]
-    table = folder / CSV_FILE
-    table.write_text(to_csv(table_of(folder)))
-    return [*paths, table, write_sums(folder)]
+    for name, text in tables(folder).items():
+        (folder / name).write_text(text)
+        paths.append(folder / name)
+    return [*paths, write_sums(folder)]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{file name: text} of what the records of a published folder give."""
+    return {CSV_FILE: to_csv(table_of(folder))}
 
 
 def main(arguments: Sequence[str]) -> None:
