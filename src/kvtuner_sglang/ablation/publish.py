@@ -10,27 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.ablation.tidy import table_of, to_csv
-from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
+from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs, slug
 from kvtuner_sglang.evidence.record import RunRecord
 
 
 def published(folder: Path) -> list[RunRecord]:
     """Every run of the folder, by name."""
-    return [publishable(path.parent, "serve") for path in sorted(folder.glob("*/record.json"))]
+    return published_runs(folder, "serve")
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
-    found = {run_dir.name: (run_dir, publishable(run_dir, "serve")) for run_dir in run_dirs}
-    kept = [record for record in published(folder) if record.name not in found]
-    records = sorted([*kept, *(record for _, record in found.values())], key=lambda record: record.name)
-    texts = _tables(records)
-    for name, (run_dir, _) in found.items():
-        copy_run(run_dir, folder / name)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return [*(folder / name for name in texts), write_sums(folder)]
+    return publish_runs(run_dirs, folder, "serve", _tables)
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -43,13 +34,7 @@ def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2:
-        sys.exit(__doc__)
-    try:
-        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
-    except UserError as error:
-        sys.exit(f"kvtuner: {error}")
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    publish_main(__doc__, arguments, publish)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from kvtuner_sglang.agreement.compare import FLOORS
 from kvtuner_sglang.agreement.tidy import table_of, to_csv
-from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publishable, write_sums
+from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs
 from kvtuner_sglang.evidence.record import RunRecord
 
 CSV_FILE = "agreement.csv"
@@ -34,19 +33,12 @@ every answer. Made by `python -m kvtuner_sglang.agreement.publish`.
 
 def published(folder: Path) -> list[RunRecord]:
     """Every run of the folder, by name."""
-    return [publishable(path.parent, "agreement") for path in sorted(folder.glob("*/record.json"))]
+    return published_runs(folder, "agreement")
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be."""
-    found = {run_dir.name: (run_dir, publishable(run_dir, "agreement")) for run_dir in run_dirs}
-    kept = [record for record in published(folder) if record.name not in found]
-    texts = _tables([*kept, *(record for _, record in found.values())])
-    for name, (run_dir, _) in found.items():
-        copy_run(run_dir, folder / name)
-    (folder / CSV_FILE).write_text(texts[CSV_FILE])
-    (folder / "README.md").write_text(README)
-    return [folder / CSV_FILE, folder / "README.md", write_sums(folder)]
+    return publish_runs(run_dirs, folder, "agreement", _tables)
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -55,17 +47,11 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
-    return {CSV_FILE: to_csv(table_of(records))}
+    return {CSV_FILE: to_csv(table_of(records)), "README.md": README}
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2:
-        sys.exit(__doc__)
-    try:
-        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
-    except UserError as error:
-        sys.exit(f"kvtuner: {error}")
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    publish_main(__doc__, arguments, publish)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
@@ -47,3 +49,38 @@ def copy_run(run_dir: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for file in (RECORD_FILE, SAMPLES_FILE):
         shutil.copyfile(run_dir / file, target / file)
+
+
+def published_runs(folder: Path, task: str) -> list[RunRecord]:
+    """Every run of a published folder, by name; raises UserError if one cannot be published."""
+    return sorted((publishable(path.parent, task) for path in folder.glob(f"*/{RECORD_FILE}")),
+                  key=lambda record: record.name)
+
+
+def publish_runs(run_dirs: Sequence[Path], folder: Path, task: str,
+                 tables_of: Callable[[Sequence[RunRecord]], dict[str, str]]) -> list[Path]:
+    """Copy runs, and make all tables, file name -> text, anew from old and new ones; returns what was written.
+
+    Raises UserError, before it writes, if a run cannot be published.
+    """
+    found = {run_dir.name: publishable(run_dir, task) for run_dir in run_dirs}
+    kept = [record for record in published_runs(folder, task) if record.name not in found]
+    texts = tables_of(sorted([*kept, *found.values()], key=lambda record: record.name))
+    for run_dir in run_dirs:
+        copy_run(run_dir, folder / run_dir.name)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [*(folder / name for name in texts), write_sums(folder)]
+
+
+def publish_main(help_text: str | None, arguments: Sequence[str],
+                 publish: Callable[[Sequence[Path], Path], list[Path]], most_runs: int | None = None) -> None:
+    """RUN_DIR... FOLDER on the command line of a publish module: publish, list what was written, or exit saying why."""
+    *run_dirs, folder = map(Path, arguments) if len(arguments) > 1 else (Path(),)
+    if not run_dirs or (most_runs is not None and len(run_dirs) > most_runs):
+        sys.exit(help_text)
+    try:
+        paths = publish(run_dirs, folder)
+    except UserError as error:
+        sys.exit(f"kvtuner: {error}")
+    sys.stdout.write("".join(f"{path}\n" for path in paths))

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publishable, write_sums
+from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.forensics.claimed import claimed
 from kvtuner_sglang.forensics.figure import write_figure
@@ -69,13 +68,7 @@ def readme(records: Sequence[RunRecord]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2:
-        sys.exit(__doc__)
-    try:
-        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
-    except UserError as error:
-        sys.exit(f"kvtuner: {error}")
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    publish_main(__doc__, arguments, publish)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publishable, slug, write_sums
+from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, to_csv
@@ -35,13 +34,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
-        sys.exit(__doc__)
-    try:
-        paths = publish(*map(Path, arguments))
-    except UserError as error:
-        sys.exit(f"kvtuner: {error}")
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    publish_main(__doc__, arguments, lambda run_dirs, folder: publish(run_dirs[0], folder), most_runs=1)
 
 
 if __name__ == "__main__":

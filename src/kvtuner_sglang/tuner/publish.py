@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publishable, write_sums
+from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.quality.compare import share
@@ -87,13 +87,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2:
-        sys.exit(__doc__)
-    try:
-        paths = publish([Path(word) for word in arguments[:-1]], Path(arguments[-1]))
-    except UserError as error:
-        sys.exit(f"kvtuner: {error}")
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    publish_main(__doc__, arguments, publish)
 
 
 if __name__ == "__main__":
