@@ -73,9 +73,7 @@ def test_it_builds_then_has_nothing_to_do_then_sees_every_change(
 
     marker = built.VENV / "untouched"
     marker.touch()
-    started = time.monotonic()
     built.ensure(lock)
-    assert time.monotonic() - started < 1
     assert marker.exists()
 
     built.PYPROJECT.write_text(PYPROJECT.replace("1", "2"))

@@ -3,7 +3,6 @@
 import json
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,7 @@ def test_a_hanging_wandb_is_ended_with_its_children(written: Callable[..., Path]
     script = ("import os, pathlib, subprocess, sys, time; child = subprocess.Popen(['sleep', '600']); "
               f"pathlib.Path({str(pid_file)!r}).write_text(str(child.pid)); time.sleep(600)")
     run_dir = written()
-    started = time.monotonic()
     tracking = mirror(run_dir, command=(sys.executable, "-c", script), timeout_s=2)
-    assert time.monotonic() - started < 8
     assert tracking.status == "failed"
     assert tracking.reason == "W&B did not finish within 2 s; see wandb.log"
     pid = int(pid_file.read_text())

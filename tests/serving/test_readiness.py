@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ def start(tmp_path: Path):
 
 def test_a_refusal_of_any_node_is_the_sentence(start) -> None:
     nodes = start(SLEEP, "import sys; sys.exit('kvtuner: rank 2 has other flags: give the same.')")
-    started = time.monotonic()
     with pytest.raises(RunFailed, match=r"^rank 2 has other flags: give the same\.$"):
         wait_until_ready(nodes, 60, lambda _: None)
-    assert time.monotonic() - started < 5
 
 
 def test_a_refusal_ends_the_wait_though_the_process_hangs(start) -> None:
