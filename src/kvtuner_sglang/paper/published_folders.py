@@ -40,9 +40,9 @@ FOLDERS = {
                                "kvtuner_sglang.kernel_bench.figures:figures"),
     "engine": PublishedFolder("kvtuner_sglang.speed.publish:tables", "kvtuner_sglang.speed.decode_figure:figures"),
     "agreement": PublishedFolder("kvtuner_sglang.agreement.publish:tables"),
-    "tuner": PublishedFolder("kvtuner_sglang.tuner.publish:tables"),
+    "tuner": PublishedFolder("kvtuner_sglang.tuner.publish:tables", "kvtuner_sglang.tuner.figures:figures"),
     "forensics": PublishedFolder("kvtuner_sglang.forensics.publish:tables", "kvtuner_sglang.forensics.figure:figures"),
-    "ablation": PublishedFolder("kvtuner_sglang.ablation.publish:tables"),
+    "ablation": PublishedFolder("kvtuner_sglang.ablation.publish:tables", "kvtuner_sglang.ablation.figure:figures"),
 }
 
 

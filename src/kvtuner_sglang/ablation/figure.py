@@ -1,0 +1,63 @@
+"""The ablation of one machine at a look, from its CSV alone: tokens held, first token, rate; a bar a format."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtuner_sglang.figure_style import COLOURS, colour, legend_below, panels, styled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LAYOUTS = ("single", "tp2", "pp2", "tp2pp2")
+MEASURES = ("kv_tokens", "ttft_p50_ms", "output_tok_s")
+GROUP_WIDTH = 0.84  # of the distance from one layout to the next
+
+
+def at_most(frame: "pd.DataFrame", column: str) -> "tuple[pd.DataFrame, str]":
+    """The rows in which `column` was measured under the most of its load, and what the axis says of it."""
+    rows = frame[frame[column].notna()]
+    if column == "ttft_p50_ms":
+        most = rows["prompt_tokens"].max()
+        return rows[rows["prompt_tokens"] == most], f"TTFT of {most} tokens,\nmedian, ms"
+    if column == "output_tok_s":
+        most = rows["concurrency"].max()
+        return rows[rows["concurrency"] == most], f"output tokens/s,\n{most} at once"
+    return rows.drop_duplicates(["dist", "quant"]), "KV tokens"
+
+
+def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
+    """One measure: groups are layouts, bars formats in the order of their bits."""
+    rows, label = at_most(frame, column)
+    names = [name for name in COLOURS if name in set(frame["quant"])]
+    layouts = [name for name in LAYOUTS if name in set(frame["dist"])]
+    width = GROUP_WIDTH / len(names)
+    for i, name in enumerate(names):
+        values = rows[rows["quant"] == name].set_index("dist")[column].reindex(layouts)
+        at = [group + (i - (len(names) - 1) / 2) * width for group in range(len(layouts))]
+        ax.bar(at, values, width=width, color=colour(name), label=name)
+    ax.set_xticks(range(len(layouts)), layouts)
+    ax.grid(visible=False, axis="x")
+    ax.set_ylabel(label)
+
+
+def served_figure(frame: "pd.DataFrame") -> "Figure":
+    figure, axes = panels(len(MEASURES), 1, height_in=4.2, shared=False)
+    for ax, column in zip(axes[:, 0], MEASURES, strict=True):
+        draw(ax, frame, column)
+    legend_below(figure, axes, columns=8)
+    commits = ", ".join(sorted(frame["commit"].astype(str).unique()))
+    figure.suptitle(f"{frame['model'].iloc[0]} on {frame['machine'].iloc[0]}; commit {commits}")
+    return figure
+
+
+def figures(folder: Path) -> "dict[str, Figure]":
+    """{"<machine>_served": ...} of every <machine>.csv of a published folder."""
+    import pandas as pd
+
+    drawn = {}
+    for path in sorted(folder.glob("*.csv")):
+        with styled():
+            drawn[f"{path.stem}_served"] = served_figure(pd.read_csv(path))
+    return drawn
