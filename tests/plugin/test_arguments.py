@@ -77,6 +77,28 @@ def test_the_same_arguments_pass_without_quantization(llama, words):
     assert start(llama, *words)
 
 
+def test_mixed_chunks_are_for_the_reference_attention(llama, monkeypatch):
+    assert start(llama, *QUANTIZED, "--enable-mixed-chunk").enable_mixed_chunk
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match="--enable-mixed-chunk makes every decode step"):
+        ServerArgs(model_path=llama, device="cuda", enable_kvtuner_quant=True, enable_mixed_chunk=True)
+
+
+def test_rocm_is_refused(llama, monkeypatch):
+    args = start(llama, *QUANTIZED)
+    monkeypatch.setattr("torch.version.cuda", None)
+    object.__setattr__(args, "device", "cuda")
+    with pytest.raises(ConfigError, match="device cuda of this torch"):
+        arguments._check_model(args, options_of(args))
+
+
+def test_boosted_keys_are_not_copied_over_ranks(llama):
+    sentence = refusal(llama, *QUANTIZED, "--tp-size", "4")
+    assert "at most --tp-size 2" in sentence
+    assert start(llama, *QUANTIZED, "--tp-size", "4", "--kvtuner-key-boost", "False").tp_size == 4
+    assert start(llama, *QUANTIZED, "--tp-size", "2").tp_size == 2
+
+
 def test_an_architecture_that_no_test_covers_is_refused(tmp_path):
     model = save_tiny(tmp_path / "gpt_neox", "gpt_neox")
     assert "GPTNeoXForCausalLM" in refusal(str(model), *QUANTIZED)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_without_kernels
+from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_other_devices, refuse_without_kernels
 from kvtuner_sglang.plugin.options import (
     KvtunerOptions,
     add_cli_flags,
@@ -81,6 +81,18 @@ def test_engine_keywords_are_checked(keywords):
         pop_options(dict(keywords))
 
 
+@pytest.mark.parametrize("keywords", [
+    {"kvtuner_nbits_key": 8}, {"kvtuner_nbits_value": 2}, {"kvtuner_axis_key": 0}, {"kvtuner_q_group_size": 32},
+    {"kvtuner_asym": False}, {"kvtuner_key_boost": True}, {"kvtuner_kv_noise": 1e-6},
+    {"kvtuner_layer_config_file": "preset:qwen2_5_7b_kivi_3_18"},
+])
+def test_a_format_without_the_switch_is_refused(keywords):
+    (name,) = keywords
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is given but quantization is off"):
+        KvtunerOptions(**keywords)
+    assert KvtunerOptions(kvtuner_kv_gib=1, kvtuner_heartbeat_dir="x", kvtuner_logits_dir="y")
+
+
 def test_pop_leaves_sglangs_own_keywords():
     keywords = {"model_path": "m", "enable_kvtuner_quant": True, "kvtuner_nbits_key": 2}
     assert pop_options(keywords).kvtuner_nbits_key == 2
@@ -121,6 +133,18 @@ def test_the_kernels_serve_where_there_is_a_gpu_unless_told_otherwise(asked, on_
 def test_kernels_on_a_cpu_are_refused():
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         choose_attention("fused", on_cpu=True)
+
+
+def test_a_gpu_that_is_not_nvidias_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    refuse_other_devices("cpu")
+    refuse_other_devices("cuda")
+    with pytest.raises(ConfigError, match="device xpu"):
+        refuse_other_devices("xpu")
+    monkeypatch.setattr("torch.version.cuda", None)  # as of ROCm
+    refuse_other_devices("cpu")
+    with pytest.raises(ConfigError, match="device cuda of this torch"):
+        refuse_other_devices("cuda")
 
 
 @pytest.mark.parametrize(("fmt", "head_dim", "match"), [

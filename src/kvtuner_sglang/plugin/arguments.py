@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvtuner_sglang.errors import ConfigError, UserError
-from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_without_kernels
+from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_other_devices, refuse_without_kernels
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
 from kvtuner_sglang.quant import ModelIdentity
 
@@ -87,6 +87,9 @@ def _quantized_arguments(cls: type, kwargs: dict[str, Any], options: KvtunerOpti
                        "precision, so it is limited to %d.", requests)
         changes["max_running_requests"] = requests
     if choose_attention(options.kvtuner_attention, on_cpu) == "fused":
+        if kwargs.get("enable_mixed_chunk"):
+            raise ConfigError("--enable-mixed-chunk makes every decode step dequantize whole requests in the kernels' "
+                              "attention, which no test covers: leave it out, or give --kvtuner-attention reference.")
         changes["cuda_graph_backend_prefill"] = "disabled"
     elif not on_cpu:
         logger.warning("kvtuner: the reference attention cannot be captured, so CUDA graphs are off.")
@@ -117,6 +120,7 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(f"architecture {architectures[0]} is not covered by a test with quantized keys and values: "
                           f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}, or --enable-kvtuner-quant=False.")
+    refuse_other_devices(server_args.device)
     layers = config.num_hidden_layers
     model = ModelIdentity(architectures[0], layers, config.get_total_num_kv_heads(), config.head_dim)
     plan = options.plan(layers, model)
@@ -124,6 +128,10 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
         fmt.check(config.head_dim)
     if choose_attention(options.kvtuner_attention, server_args.device == "cpu") == "fused":
         refuse_without_kernels(plan, config.head_dim)
+    if any(fmt.key.boosted for fmt in plan) and server_args.tp_size > model.kv_heads:
+        raise ConfigError(f"--tp-size {server_args.tp_size} gives several ranks a copy of each of the model's "
+                          f"{model.kv_heads} kv heads, and each would boost other channels of its keys: give "
+                          f"--kvtuner-key-boost False or at most --tp-size {model.kv_heads}.")
     heads = config.num_attention_heads
     if server_args.device != "cpu" and heads % server_args.tp_size:
         raise ConfigError(f"--tp-size {server_args.tp_size} does not divide the model's {heads} query heads: "

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant import KVFormat
 
@@ -16,6 +18,13 @@ def choose_attention(asked: Attention, on_cpu: bool) -> Literal["fused", "refere
     if asked == "fused" and on_cpu:
         raise ConfigError("--kvtuner-attention fused needs an NVIDIA GPU: leave it out.")
     return "reference" if on_cpu or asked == "reference" else "fused"
+
+
+def refuse_other_devices(device: str) -> None:
+    """Raise ConfigError unless this is a CPU or an NVIDIA GPU: ROCm, too, calls its devices cuda."""
+    if device != "cpu" and (device != "cuda" or torch.version.cuda is None):
+        raise ConfigError(f"quantized keys and values need an NVIDIA GPU or a CPU, and device {device} of this torch is "
+                          "neither: give --device cpu, or --enable-kvtuner-quant=False.")
 
 
 def refuse_without_kernels(plan: Sequence[KVFormat], head_dim: int) -> None:

@@ -26,6 +26,9 @@ from kvtuner_sglang.quant import (
 from kvtuner_sglang.quant.plan_file import naming
 
 KEYWORD_PREFIXES = ("enable_kvtuner_", "kvtuner_")
+# What means something without quantization; of attention, that a sweep over formats gives it to full precision, too.
+WITHOUT_QUANTIZATION = ("enable_kvtuner_quant", "kvtuner_kv_gib", "kvtuner_heartbeat_dir", "kvtuner_logits_dir",
+                        "kvtuner_attention")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class KvtunerOptions:
                               f"{', '.join(get_args(Attention))}.")
         if not 0 <= self.kvtuner_kv_noise < 1:
             raise ConfigError(f"--kvtuner-kv-noise {self.kvtuner_kv_noise} is a relative noise: give 0 to below 1.")
+        if not self.enabled:
+            self._check_off()
         if self.kvtuner_layer_config_file is not None:
             self._check_beside_file()
         if self.enabled and not any(fmt.quantized for fmt in self.any_formats()):
@@ -103,10 +108,13 @@ class KvtunerOptions:
                                   "key_boost": self.kvtuner_key_boost}
         return load_plan(self.kvtuner_layer_config_file, LayerFormat(4, 4, **others))
 
+    def _check_off(self) -> None:
+        for f in fields(self):
+            if f.name not in WITHOUT_QUANTIZATION and getattr(self, f.name) != f.default:
+                raise ConfigError(f"--{f.name.replace('_', '-')} is given but quantization is off: give "
+                                  "--enable-kvtuner-quant, too, or leave it out.")
+
     def _check_beside_file(self) -> None:
-        if not self.enabled:
-            raise ConfigError("--kvtuner-layer-config-file is given but quantization is off: give "
-                              "--enable-kvtuner-quant, too, or leave it out.")
         if (self.kvtuner_nbits_key, self.kvtuner_nbits_value) != (4, 4):
             raise ConfigError("--kvtuner-layer-config-file says the bits of every layer: leave --kvtuner-nbits-key and "
                               "--kvtuner-nbits-value out.")

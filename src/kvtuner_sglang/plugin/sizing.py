@@ -99,9 +99,16 @@ def around_calculate_pool_sizes(original: Callable[..., Any], self: Any, availab
 
 
 def around_build_mha_kv_pool(original: Callable[..., Any], kvc: Any, *, mha_pool_class: Any, **kwargs: Any) -> Any:
-    """Swap SGLang's pool class for the packed one."""
+    """Swap SGLang's pool class for the packed one, which keeps pages in progress in the model's own precision.
+
+    Raises ConfigError if a checkpoint asks for another: ModelOpt's do, past --kv-cache-dtype.
+    """
     options = options_of(kvc.server_args)
     if options.enabled:
+        if kvc.kv_cache_dtype != kvc.model_dtype:
+            raise ConfigError(f"this checkpoint asks for a KV cache of {kvc.kv_cache_dtype} beside a model of "
+                              f"{kvc.model_dtype}, and kvtuner packs what the model computes: use one without "
+                              "kv_cache_quant_algo, or give --enable-kvtuner-quant=False.")
         fused = choose_attention(options.kvtuner_attention, kvc.device == "cpu") == "fused"
         mha_pool_class = functools.partial(PackedKVPool, plan=rank_plan(kvc), fragments=fused)
     return original(kvc, mha_pool_class=mha_pool_class, **kwargs)

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 import kvtuner_sglang
 from kvtuner_sglang.errors import ConfigError
@@ -52,11 +53,20 @@ def compare_announcements() -> None:
 
 
 def after_get_init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """Add the pool's state of all ranks to what /server_info shows; stop the start if one is not as it must be."""
-    with refusing_in_one_sentence():
-        states = _gather(rank_state(scheduler))
-        compare(states, SAME_ON_ALL_RANKS)
+    """Add the pool's state of all ranks to what /server_info shows; stop the start if one is not as it must be.
+
+    A server that asks nothing of the plugin shows the state of rank 0 alone, since the others may lack the plugin, and
+    nothing if its pool is another than SGLang's plain one.
+    """
     options = options_of(scheduler.server_args)
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if not options.enabled and type(pool) is not MHATokenToKVPool:
+        return result
+    with refusing_in_one_sentence():
+        states = [rank_state(scheduler)]
+        if options.enabled or options.kvtuner_kv_gib is not None:
+            states = _gather(states[0])
+        compare(states, SAME_ON_ALL_RANKS)
     result["kvtuner"] = _summary(scheduler, options, states)
     return result
 
