@@ -84,12 +84,11 @@ def test_mixed_chunks_are_for_the_reference_attention(llama, monkeypatch):
         ServerArgs(model_path=llama, device="cuda", enable_kvtuner_quant=True, enable_mixed_chunk=True)
 
 
-def test_rocm_is_refused(llama, monkeypatch):
-    args = start(llama, *QUANTIZED)
-    monkeypatch.setattr("torch.version.cuda", None)
-    object.__setattr__(args, "device", "cuda")
-    with pytest.raises(ConfigError, match="device cuda of this torch"):
-        arguments._check_model(args, options_of(args))
+def test_the_device_that_sglang_chose_is_looked_at(llama, monkeypatch):
+    seen = []
+    monkeypatch.setattr(arguments, "refuse_other_devices", seen.append)
+    start(llama, *QUANTIZED)
+    assert seen == ["cpu"]
 
 
 def test_boosted_keys_are_not_copied_over_ranks(llama):

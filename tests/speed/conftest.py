@@ -50,12 +50,14 @@ def made_up_record(name: str, *, quant: str = "kv4", backend: str = "auto", devi
         metrics[metric_key(f"{prefix}tpot_ms", **at)] = summarize([10.0], "ms")
     metrics[metric_key("ttft_ms", prompt_tokens=1000)] = summarize([30.0], "ms")
     metrics[metric_key("ttft_cached_ms", cached=16384, new=512)] = summarize([40.0], "ms")
+    served = "flashinfer" if backend == "auto" else backend
     kv = KVRecord(
         format="K 4; V 4", enabled=quant.startswith("k"), plan_hash="0" * 12, page_size=64, tokens=1000,
         effective_bits=4.5, budget_bytes_per_rank=None, full_precision_dtype="bfloat16", full_precision_tokens=None,
         capacity_ratio=None, package_version="0", sglang_version="0", unknown=dict.fromkeys(
             ("budget_bytes_per_rank", "full_precision_tokens", "capacity_ratio"), "a test"),
         ranks=(RankRecord(rank=0, tp_rank=0, pp_rank=0, node_rank=0, host="h", pid=1, device=device, pool_class="P",
+                          attention="fused" if quant.startswith("k") else served,
                           layers=(0, 1), kv_heads=1, tokens=1000, pool_bytes=1, tail_bytes=0, bytes_per_token_formula=1,
                           bytes_per_token_allocated=1, bytes_per_token_full=1),))
     found = {"metrics": metrics, "kv": kv, "rules": ("a rule",)} if status == "ok" else {

@@ -6,9 +6,11 @@ import hashlib
 import pytest
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.figure_style import save
 from kvtuner_sglang.speed.decode_figure import figures
 from kvtuner_sglang.speed.publish import publish, tables
+from kvtuner_sglang.speed.tidy import backend_of
 
 COLUMNS = ["gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
            "ttft_ms", "tpot_ms", "commit"]
@@ -90,3 +92,11 @@ def test_changed_samples_are_refused(run_dir, tmp_path):
     (run / "requests.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="not what the record says"):
         publish([run], tmp_path / "engine")
+
+
+def test_the_backend_is_the_one_that_the_engine_named(run_dir):
+    record = load_record(run_dir("speed-x", quant="bf16"))
+    (rank,) = record.kv.ranks
+    other = record.kv.model_copy(update={"ranks": (rank.model_copy(update={"attention": "triton"}),)})
+    assert backend_of(record) == "flashinfer"
+    assert backend_of(record.model_copy(update={"kv": other})) == "triton"

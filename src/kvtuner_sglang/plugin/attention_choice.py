@@ -23,8 +23,8 @@ def choose_attention(asked: Attention, on_cpu: bool) -> Literal["fused", "refere
 def refuse_other_devices(device: str) -> None:
     """Raise ConfigError unless this is a CPU or an NVIDIA GPU: ROCm, too, calls its devices cuda."""
     if device != "cpu" and (device != "cuda" or torch.version.cuda is None):
-        raise ConfigError(f"quantized keys and values need an NVIDIA GPU or a CPU, and device {device} of this torch is "
-                          "neither: give --device cpu, or --enable-kvtuner-quant=False.")
+        raise ConfigError(f"quantized keys and values need an NVIDIA GPU or a CPU, and device {device} of this torch "
+                          "is neither: give --device cpu, or --enable-kvtuner-quant=False.")
 
 
 def refuse_without_kernels(plan: Sequence[KVFormat], head_dim: int) -> None:

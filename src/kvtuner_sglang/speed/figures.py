@@ -22,11 +22,12 @@ NO_FLOOR = "The peaks of this device are not listed, so no time was held against
 class EngineSample:
     """The first line of the samples: what the engine was started with, what it says about its cache, how long it took.
 
-    attention: which backend read the cache.
+    attention, dtype: which backend read the cache and what its elements are, by the engine's own word.
     """
 
     kind: str
     attention: str
+    dtype: str
     arguments: dict[str, Any]
     kvtuner: dict[str, Any]
     seconds: dict[str, float]

@@ -40,13 +40,13 @@ def cells_of(config: RunConfig) -> list[Cell]:
     return cells + [Cell("saturation", None, context, context) for context in speed.saturation]
 
 
-def kv_itemsize(quant: QuantConfig, dtype: str) -> int:
-    """Bytes of an element that the plugin does not pack."""
-    return ITEMSIZE["float8_e4m3fn" if quant.kv_cache_dtype == "fp8_e4m3" else dtype]
+def kv_dtype(quant: QuantConfig, dtype: str) -> str:
+    """What an element that the plugin does not pack is kept in, `dtype` being the model's."""
+    return "float8_e4m3fn" if quant.kv_cache_dtype == "fp8_e4m3" else dtype
 
 
 def kv_shape(config: RunConfig, checkpoint: Checkpoint, dtype: str) -> KVShape:
-    return KVShape(checkpoint.kv_heads, checkpoint.head_dim, kv_itemsize(config.quant, dtype), page_tokens(config))
+    return KVShape(checkpoint.kv_heads, checkpoint.head_dim, ITEMSIZE[kv_dtype(config.quant, dtype)], page_tokens(config))
 
 
 def page_tokens(config: RunConfig) -> int:

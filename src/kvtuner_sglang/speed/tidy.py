@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.record import RunRecord
-from kvtuner_sglang.speed.plan import attention_backend
+from kvtuner_sglang.evidence.record import KVRecord, RunRecord
+from kvtuner_sglang.speed.plan import PLUGIN_BACKEND
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,19 +19,24 @@ DECODE = {"decode_tok_s": ("decode", "tpot_ms"), "saturation_decode_tok_s": ("sa
 TTFT = {"ttft_ms": "ttft", "ttft_cached_ms": "ttft_cached"}
 
 
-def gpu_of(record: RunRecord) -> str:
-    """The GPU that was measured; raises UserError if it was none."""
+def kv_of(record: RunRecord) -> KVRecord:
+    """What the engine said of its cache; raises UserError if the run did not end well."""
     if record.kv is None:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")
-    if record.kv.ranks[0].device == "cpu" or not record.environment.gpus:
+    return record.kv
+
+
+def gpu_of(record: RunRecord) -> str:
+    """The GPU that was measured; raises UserError if it was none."""
+    if kv_of(record).ranks[0].device == "cpu" or not record.environment.gpus:
         raise UserError(f"{record.name} ran on no GPU that nvidia-smi names: what it measured is not published.")
     return record.environment.gpus[0]
 
 
 def backend_of(record: RunRecord) -> str:
-    """The attention that served the run: kvtuner, flashinfer or triton."""
-    device = record.kv.ranks[0].device if record.kv else "cuda"
-    return attention_backend(record.config["quant"]["enabled"], record.config["speed"]["backend"], device)
+    """The attention that served the run, by the engine's own word: kvtuner, flashinfer or triton."""
+    kv = kv_of(record)
+    return PLUGIN_BACKEND if kv.enabled else kv.ranks[0].attention
 
 
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:

@@ -1,8 +1,13 @@
 """When a call counts.  One function per rule; the first violation raises MeasurementInvalid with its reason."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.errors import MeasurementInvalid
+from kvtuner_sglang.plugin.attention_choice import choose_attention
+from kvtuner_sglang.serving.verify import PACKED_POOL, PLAIN_POOL
+from kvtuner_sglang.speed import plan
 from kvtuner_sglang.speed.calls import Call, SpeedSpec
 
 Rule = Callable[[Call, SpeedSpec], str | None]
@@ -58,7 +63,7 @@ RUN_RULES = {
     "warm_up": "Calls of the same shape went before the measured ones.",
     "longer_takes_longer": "In every round the longer answers took longer.",
     "physical_floor": "On a GPU that measure/hardware.py lists, nothing was faster than its memory and its arithmetic.",
-    "same_format": "The engine reports the format that was asked for.",
+    "same_format": "The engine reports the format, the pool, the dtype and the attention that were asked for.",
 }
 
 
@@ -74,6 +79,20 @@ def require_call(call: Call, spec: SpeedSpec) -> None:
         if reason := rule(call, spec):
             raise MeasurementInvalid(f"{rule.__name__}: {reason} ({call.workload}, {call.batch} x {call.context} "
                                      f"tokens, {call.new_tokens} new, {call.kind} {call.round}).")
+
+
+def require_engine(rank: Mapping[str, Any], config: RunConfig, spec: SpeedSpec) -> None:
+    """Raise MeasurementInvalid unless an engine's rank says of itself what was asked for."""
+    enabled = config.quant.enabled
+    attention = (choose_attention(config.server.attention, spec.device == "cpu") if enabled
+                 else plan.attention_backend(False, config.speed.backend, spec.device))
+    told = str(rank["attention"])
+    found = (rank["pool_class"], rank["dtype"], told.partition(",")[0] if enabled else told)  # "fused, portable decode"
+    asked = (PACKED_POOL if enabled else PLAIN_POOL, plan.kv_dtype(config.quant, spec.engine["dtype"]), attention)
+    for name, mine, its in zip(("pool", "dtype", "attention"), asked, found, strict=True):
+        if its != mine:
+            raise MeasurementInvalid(f"same_format: the engine says that its {name} is {its} but quant="
+                                     f"{config.quant.name} asks for {mine}: look at its log.")
 
 
 def require_longer(first: Sequence[float], second: Sequence[float], where: str) -> None:

@@ -22,6 +22,7 @@ from kvtuner_sglang.serving.ports import choose_ports
 from kvtuner_sglang.speed import console, plan
 from kvtuner_sglang.speed.calls import SpeedResult, SpeedSpec, read_calls
 from kvtuner_sglang.speed.figures import EngineSample, figures
+from kvtuner_sglang.speed.validity import require_engine
 from kvtuner_sglang.tasks.recorded import Attempt, record, require_plan
 from kvtuner_sglang.tasks.run_directory import run_directory
 
@@ -77,8 +78,10 @@ def _measure(config: RunConfig, checkpoint: Checkpoint, spec: SpeedSpec, folder:
     try:
         result = _run_engine(config, spec, folder, say)
         require_plan(result.kvtuner, config, checkpoint)
-        log.append(EngineSample("engine", plan.attention_backend(spec.enabled, config.speed.backend, spec.device),
-                                spec.engine, result.kvtuner, result.seconds))
+        rank = result.kvtuner["ranks"][0]
+        log.append(EngineSample("engine", rank["attention"], rank["dtype"], spec.engine, result.kvtuner,
+                                result.seconds))
+        require_engine(rank, config, spec)
         return figures(result, read_calls(Path(spec.calls_path)), config, _floor(config, checkpoint, spec, environment),
                        spec.engine)
     finally:  # samples remain, whatever they are worth
