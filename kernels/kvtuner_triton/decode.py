@@ -24,16 +24,12 @@ class Tuning:
     """How the kernel is run.
 
     step_tokens: tokens a step; stages: steps in the ring; programs_per_sm: programs that share a multiprocessor, no
-    more than registers and shared memory allow; least_pages: a chunk has that many or more; registers: a program's
-    limit, None leaves it to the compiler; overlap: launch the merge while the last programs still run (sm_90).
+    more than registers and shared memory allow.
     """
 
     step_tokens: int = 64
     stages: int = 2
     programs_per_sm: int = 12
-    least_pages: int = 1
-    registers: int | None = None
-    overlap: bool = False
 
 
 def default_tuning(key_bits: int, value_bits: int) -> Tuning:
@@ -97,7 +93,7 @@ class DecodeWorkspace:
 
     def plan(self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor) -> None:
         """Divide the step's work. Both (batch,), any integer type; seq_lens count the token being decoded."""
-        make_plan(seq_lens, req_pool_indices, self.plan_table, self.spans, self.page, self.tuning.least_pages)
+        make_plan(seq_lens, req_pool_indices, self.plan_table, self.spans, self.page)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def decode_attention(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPa
     model's dtype, that of q and out; req_to_token: (slots, max_context) int32.
     """
     attend_rows(workspace, q, keys, values, tail_key, tail_value, req_to_token, sm_scale)
-    merge(workspace.partial, workspace.lse, workspace.spans, out, workspace.tuning.overlap)
+    merge(workspace.partial, workspace.lse, workspace.spans, out)
     return out
 
 
@@ -145,7 +141,7 @@ def attend_rows(workspace: DecodeWorkspace, q: torch.Tensor, keys: PackedPages, 
     words = (None if x is None else x.view(-1).view(torch.int32)
              for x in (keys.codes, keys.meta, extra, values.codes, values.meta))
     decode_kernel[grid](q, *words, *rest, **shape, T=w.tuning.step_tokens, STAGES=w.tuning.stages,
-                        OVERLAP=w.tuning.overlap, num_warps=1, maxnreg=w.tuning.registers)
+                        num_warps=1)
 
 
 def has_fragments(device: torch.device | str) -> bool:

@@ -37,7 +37,6 @@ rounded to fp16 (p of the page in progress to the model's dtype), all sums are f
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvtuner_triton.hopper_operands import (
     CODE_UNIT,
@@ -84,8 +83,8 @@ def decode_kernel(q_ptr, key_codes, key_meta, key_extra, value_codes, value_meta
                   partial, lse, sm_scale, batch, table_stride, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
                   D: gl.constexpr, PAGE: gl.constexpr, KEY_BITS: gl.constexpr, KEY_META: gl.constexpr,
                   VALUE_BITS: gl.constexpr, VALUE_META: gl.constexpr, BOOSTED: gl.constexpr, T: gl.constexpr,
-                  STAGES: gl.constexpr, OVERLAP: gl.constexpr):
-    """Program (head, row) does row `row` of the plan for kv head `head`; OVERLAP lets the merge start launching."""
+                  STAGES: gl.constexpr):
+    """Program (head, row) does row `row` of the plan for kv head `head`."""
     head = gl.program_id(0)
     row = gl.program_id(1)
     request = gl.load(plan + row * 4)
@@ -104,8 +103,6 @@ def decode_kernel(q_ptr, key_codes, key_meta, key_extra, value_codes, value_meta
             top, total, o = attend_pages(q_unit, pages, table + slot.to(gl.int64) * table_stride, head, first, last,
                                          log2_scale / QUERY_UNIT, KV_HEADS, D, PAGE, KEY_BITS, KEY_META, VALUE_BITS,
                                          VALUE_META, BOOSTED, T, STAGES)
-        if OVERLAP:
-            gdc_launch_dependents()
         out = (row * KV_HEADS + head).to(gl.int64) * GROUP
         store_partial(partial + out * D, lse + out, top, total, o, GROUP, D)
 

@@ -7,12 +7,10 @@ Bytes: 4 (D + 1) a row and query head read, 2 D a request and query head written
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit(do_not_specialize=["q_heads"])
-def merge_kernel(partial, lse, spans, out, q_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-                 OVERLAP: tl.constexpr):
+def merge_kernel(partial, lse, spans, out, q_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     """partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32 base 2 -> out (batch, q_heads, D)."""
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -20,8 +18,6 @@ def merge_kernel(partial, lse, spans, out, q_heads, D: tl.constexpr, BLOCK_D: tl
     first = tl.load(spans + b * 2)
     count = tl.load(spans + b * 2 + 1)
     tail = (b * q_heads + head).to(tl.int64)
-    if OVERLAP:
-        gdc_wait()
     top = tl.load(lse + tail)
     weight = 1.0
     total = tl.load(partial + tail * D + channel)
@@ -39,18 +35,12 @@ def merge_kernel(partial, lse, spans, out, q_heads, D: tl.constexpr, BLOCK_D: tl
     tl.store(out + tail * D + channel, (total / weight).to(out.dtype.element_ty))
 
 
-def merge(partial: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, out: torch.Tensor,
-          overlap: bool = False) -> None:
-    """partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, spans (batch, 2) int32 -> out (batch, q_heads, D).
-
-    overlap: launch while the attention kernel, which must be the one before, still runs (sm_90 and later).
-    """
+def merge(partial: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, out: torch.Tensor) -> None:
+    """partial (rows, q_heads, D) fp32, lse (rows, q_heads) fp32, spans (batch, 2) int32 -> out (batch, q_heads, D)."""
     batch, q_heads, head_dim = out.shape
     # As many rows at a time as an even batch has, so that all loads go out together, two or so a thread; more rows,
     # fewer channels.
     rows = min(512, max(8, triton.next_power_of_2(-(-(partial.shape[0] - batch) // batch))))
     block = min(head_dim, max(8, 2048 // rows))
     merge_kernel[(batch, q_heads, head_dim // block)](partial, lse, spans, out, q_heads, D=head_dim, BLOCK_D=block,
-                                                      ROWS=rows, OVERLAP=overlap,
-                                                      num_warps=max(4, rows * block // 256),
-                                                      **({"launch_pdl": True} if overlap else {}))
+                                                      ROWS=rows, num_warps=max(4, rows * block // 256))

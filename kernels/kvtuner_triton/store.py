@@ -38,7 +38,6 @@ written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -315,38 +314,30 @@ def store_bytes(codes, byte, lane, T: tl.constexpr):
     tl.store(codes + at[:, None] + tl.arange(0, 16)[None, :], byte.to(tl.uint8))
 
 
-@dataclass(frozen=True)
-class StoreTuning:
-    """warps: of a program; registers: at most so many a thread, None leaves it to the compiler."""
-
-    warps: int
-    registers: int | None = None
-
-
-EXTEND_TUNING, STEP_TUNING = StoreTuning(warps=2), StoreTuning(warps=4)
+EXTEND_WARPS, STEP_WARPS = 2, 4  # of a program, chosen on an H100
 
 
 def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                  tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
-                 seq_lens: torch.Tensor, q: torch.Tensor | None = None, tuning: StoreTuning = STEP_TUNING) -> None:
+                 seq_lens: torch.Tensor, q: torch.Tensor | None = None) -> None:
     """Store the one new token of each request, key and value (batch, kv_heads, D); seq_lens count it.
 
     q: (batch, q_heads, D), needed if keys are boosted.
     """
-    _launch(tuning, len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
+    _launch(STEP_WARPS, len(slots), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens, q=q)
 
 
 def store_extend(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
                  tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor,
                  seq_lens: torch.Tensor, new_lens: torch.Tensor, rows: torch.Tensor, items: torch.Tensor,
-                 q: torch.Tensor | None = None, tuning: StoreTuning = EXTEND_TUNING) -> None:
+                 q: torch.Tensor | None = None) -> None:
     """Store what new_lens[b] tokens, rows[b] .. of key and value, complete, and keep the rest, as `items` say.
 
     items: one of the two tables of extend_items.  q: (tokens, q_heads, D), rows as those of key; needed if keys are
     boosted.
     """
     if len(items):
-        _launch(tuning, len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens,
+        _launch(EXTEND_WARPS, len(items), key, value, keys, values, tail_key, tail_value, req_to_token, slots, seq_lens,
                 new_lens, rows, items, q)
 
 
@@ -370,7 +361,7 @@ def _parts(head_dim: int, page: int) -> int:
     return head_dim // CHANNELS.value + page // TOKENS.value
 
 
-def _launch(tuning: StoreTuning, count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages,
+def _launch(warps: int, count: int, key: torch.Tensor, value: torch.Tensor, keys: PackedPages,
             values: PackedPages, tail_key: torch.Tensor, tail_value: torch.Tensor, req_to_token: torch.Tensor,
             slots: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor | None = None,
             rows: torch.Tensor | None = None, items: torch.Tensor | None = None, q: torch.Tensor | None = None) -> None:
@@ -385,4 +376,4 @@ def _launch(tuning: StoreTuning, count: int, key: torch.Tensor, value: torch.Ten
         seq_lens, new_lens, rows, items, key.stride(0), value.stride(0), req_to_token.stride(0),
         q if group else None, keys.extra, q_stride, KV_HEADS=kv_heads, D=head_dim, PAGE=page, KEY_BITS=keys.bits,
         KEY_META=keys.meta.shape[2], VALUE_BITS=values.bits, VALUE_META=values.meta.shape[4], DECODE=items is None,
-        GROUP=group, num_warps=tuning.warps, maxnreg=tuning.registers)
+        GROUP=group, num_warps=warps)

@@ -44,7 +44,7 @@ def typed(**names: str) -> dict[str, str]:
 def decode_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, step: int) -> str:
     constants = {"KV_HEADS": 4, "GROUP": 7, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits,
                  "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "BOOSTED": boosted, "T": step,
-                 "STAGES": 2, "OVERLAP": False}
+                 "STAGES": 2}
     if not boosted:
         constants["key_extra"] = None
     types = typed(bf16="q_ptr tail_key tail_value", fp32="partial lse", fp32_="sm_scale", i32_="batch table_stride")

@@ -46,7 +46,8 @@ def kv_dtype(quant: QuantConfig, dtype: str) -> str:
 
 
 def kv_shape(config: RunConfig, checkpoint: Checkpoint, dtype: str) -> KVShape:
-    return KVShape(checkpoint.kv_heads, checkpoint.head_dim, ITEMSIZE[kv_dtype(config.quant, dtype)], page_tokens(config))
+    itemsize = ITEMSIZE[kv_dtype(config.quant, dtype)]
+    return KVShape(checkpoint.kv_heads, checkpoint.head_dim, itemsize, page_tokens(config))
 
 
 def page_tokens(config: RunConfig) -> int:

@@ -83,7 +83,7 @@ def test_a_whole_run_ends_with_its_record(device, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "check_decode", partial(check_decode, lengths=[1, 130], multiprocessors=2))
     monkeypatch.setattr(run, "time_cell", partial(time_cell, multiprocessors=2))
     words = ["task=kernels", f"runs_dir={tmp_path}", "tracking=disabled", "kernels=small", "kernels.formats=[kv4]",
-             "kernels.contexts=[128]", "kernels.batches=[1,2]", "kernels.peers=false", "kernels.memory_gib=0.00007"]
+             "kernels.shapes=[qwen2_5_7b]", "kernels.contexts=[128]", "kernels.batches=[1,2]", "kernels.peers=false", "kernels.memory_gib=0.00007"]
     said: list[str] = []
     outcome = kernels.run(command_line.load(words, CONF), words, said.append)
     assert outcome.status == "ok", outcome.reason

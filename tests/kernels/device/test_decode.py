@@ -48,16 +48,16 @@ def run(case, portable, tuning=None, rows_sm=1, buffers=None):
 
 
 def check(case, out):
-    """At most twice the error of PyTorch in bf16.
+    """At most twice the error of PyTorch in the model's own precision.
 
-    In fp32 at most twice that of PyTorch in fp32 and what rounding a score once or twice costs: an exponent's absolute
-    error is its size times 2^-24, and p's relative error is that.
+    In fp32 what rounding a score once or twice costs comes on top: an exponent's absolute error is its size
+    times 2^-24, and p's relative error is that.
     """
     truth, error = attend(case, torch.float64), relative_error
     if case.q.dtype == torch.float32:
         assert error(out, truth) <= 2 * error(attend(case, torch.float32), truth) + 2**-23 * (1 + largest_score(case))
     else:
-        assert error(out, truth) <= 2 * error(attend(case, torch.bfloat16), truth)
+        assert error(out, truth) <= 2 * error(attend(case, case.q.dtype), truth)
 
 
 def largest_score(case) -> float:

@@ -29,9 +29,12 @@ def test_a_plan_equals_the_reference_and_covers_every_page_once(device, lengths,
         if request >= 0:
             read[request] += range(first, last)
     assert read == [list(range((n - 1) // page)) for n in lengths]
-    sizes = (expected[batch:, 3] - expected[batch:, 2])[used[batch:]]
+    sizes = [(expected[first:first + count, 3] - expected[first:first + count, 2]).tolist()
+             for first, count in expected_spans.tolist()]
+    assert all(max(mine) - min(mine) <= 1 for mine in sizes if mine)
     pages = [(n - 1) // page for n in lengths]
-    assert not len(sizes) or sizes.max() <= max(least, max(pages))
+    smaller = max(map(max, filter(None, sizes)), default=1) - 1
+    assert smaller < least or sum(-(-n // smaller) for n in pages) > rows - batch
 
 
 def test_a_batch_that_fills_the_gpu_still_gets_chunks_of_fair_size(device):
