@@ -2,10 +2,14 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
+
+READS = tuple(product((1024, 4096, 16384), (1024, 4096), (4, 8)))  # programs, words at once, warps
 
 
 def graph_times(works: Mapping[str, Callable[[], None]], repeats: int = 15) -> dict[str, float]:
@@ -48,10 +52,20 @@ def read_kernel(x, out, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total))
 
 
+def read_works(source: torch.Tensor, sums: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Several ways of reading all of `source`, (words,) int32; each program adds up its part into `sums`, int32."""
+    return {f"read {programs} {block} {warps}": partial(_read, source, sums, programs, block, warps)
+            for programs, block, warps in READS}
+
+
+def _read(source: torch.Tensor, sums: torch.Tensor, programs: int, block: int, warps: int) -> None:
+    read_kernel[(programs,)](source, sums, WORDS=len(source) // programs, BLOCK=block, num_warps=warps)
+
+
 def ceilings(size: int = 2**30) -> tuple[float, float]:
-    """GB/s of a device copy, read and write counted, and of plain reading, of `size` bytes."""
+    """GB/s of a device copy, read and write counted, and of the fastest way of plain reading, of `size` bytes."""
     source = torch.randint(-2**31, 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
-    target, out = torch.empty_like(source), torch.empty(4096, dtype=torch.int32, device="cuda")
-    times = graph_times({"copy": lambda: target.copy_(source),
-                         "read": lambda: read_kernel[(4096,)](source, out, WORDS=size // 4 // 4096, BLOCK=4096)})
-    return 2 * size / times["copy"] / 1e3, size / times["read"] / 1e3
+    target, sums = torch.empty_like(source), torch.empty(max(READS)[0], dtype=torch.int32, device="cuda")
+    works: dict[str, Callable[[], None]] = {"copy": partial(target.copy_, source)}
+    times = graph_times(works | read_works(source, sums))
+    return 2 * size / times.pop("copy") / 1e3, size / min(times.values()) / 1e3

@@ -6,14 +6,32 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
-from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.errors import MeasurementInvalid, UserError
 from kvtuner_sglang.evidence.published import slug
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.kernel_bench.figures import figures, speedups
+from kvtuner_sglang.kernel_bench.metrics import (
+    ACCURATE,
+    CEILING,
+    FINITE,
+    IN_TURN,
+    SAME_BYTES,
+    SAME_CACHES,
+    rules_held,
+)
 from kvtuner_sglang.kernel_bench.publish import main, publish, tables
-from kvtuner_sglang.kernel_bench.samples import DecodeTimes, best, sample_of
-from kvtuner_sglang.kernel_bench.table import acceptance, cell_line
+from kvtuner_sglang.kernel_bench.run import ceilings_over
+from kvtuner_sglang.kernel_bench.samples import (
+    Ceilings,
+    Check,
+    DecodeTimes,
+    StoreCheck,
+    StoreTimes,
+    best,
+    sample_of,
+)
+from kvtuner_sglang.kernel_bench.table import acceptance, cell_line, floor_us, verdict_line
 from kvtuner_sglang.kernel_bench.tidy import COLUMNS, FLOAT_FORMAT, table_of_run
 
 
@@ -101,9 +119,36 @@ def test_console_lines(invented_run):
     line = cell_line(cell, 3000.0)
     assert "\n" not in line
     assert all(part in line for part in ("28/4/128", "16 x 32768", "kv4 ", "FI bf16", "FI fp8", "SGL bf16",
-                                         "0.80 of floor"))
-    verdicts = list(acceptance(samples))
+                                         "0.80 of plain read"))
+    verdicts = [verdict_line(verdict) for verdict in acceptance(samples)]
     assert any("held" in v and "kv4 at 0.80 of its floor" in v for v in verdicts)
     assert any("missed" in v and "6.00 us a layer at batch 64" in v for v in verdicts)
     assert any("1 of 1 stores bit-exact" in v for v in verdicts)
     assert len(best(cell)) == 7
+
+
+def test_the_record_keeps_the_verdicts(invented_run):
+    run_dir = invented_run()
+    assert load_record(run_dir).verdicts == tuple(acceptance(samples_of(run_dir)))
+    assert len(load_record(run_dir).verdicts) > 5
+
+
+def test_rules_are_of_what_was_checked(invented_run):
+    samples = samples_of(invented_run())
+    assert rules_held(samples) == (ACCURATE, SAME_BYTES, IN_TURN, FINITE, CEILING)
+    assert SAME_CACHES in rules_held([*samples, Check("flashinfer", "bf16", "qwen2_5_7b", 2e-3, 2e-3)])
+    assert SAME_BYTES not in rules_held([s for s in samples if not isinstance(s, StoreCheck)])
+    assert rules_held([s for s in samples if not isinstance(s, DecodeTimes)]) == (ACCURATE, SAME_BYTES)
+
+
+def test_no_row_is_below_its_floor(invented_run):
+    samples = samples_of(invented_run())
+    timed = [s for s in samples if isinstance(s, DecodeTimes | StoreTimes)]
+    fastest = max(s.gb_s for s in timed if isinstance(s, DecodeTimes))
+    found = ceilings_over(100.0, 2000.0, timed, "NVIDIA H100 80GB HBM3")
+    assert found == Ceilings(2000.0, fastest)
+    assert fastest > 2000.0
+    assert all(floor_us(s, found.read_gb_s) <= s.median_us for s in best(samples))
+    assert ceilings_over(2900.0, 3300.0, timed, None) == Ceilings(2900.0, 3300.0)
+    with pytest.raises(MeasurementInvalid, match="more than the 2000 of this GPU's memory: a cache served it"):
+        ceilings_over(2900.0, 3000.0, timed, "NVIDIA H100 PCIe")

@@ -17,6 +17,7 @@ from kvtuner_sglang.evidence.record import (
     SamplesFile,
     Status,
     Tracking,
+    Verdict,
 )
 
 if TYPE_CHECKING:
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a valid run of any task found; `warnings` are oddities that do not make it invalid, `rules` what held."""
+    """What a valid run of any task found; `warnings` are oddities that do not make it invalid, `rules` what held.
+
+    verdicts: what is asked of the code, which a valid run may miss.
+    """
 
     metrics: dict[str, Metric]
     rules: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     kv: KVRecord | None = None
     memory: tuple[DeviceMemory, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def utc_now() -> str:
@@ -65,7 +70,7 @@ def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, statu
         model=_model(config, checkpoint) if checkpoint else None,
         kv=figures.kv if figures else None, metrics=figures.metrics if figures else {},
         memory=figures.memory if figures else (), rules=figures.rules if figures else (),
-        warnings=figures.warnings if figures else (),
+        warnings=figures.warnings if figures else (), verdicts=figures.verdicts if figures else (),
         samples=samples, started=started, ended=utc_now(), seed=config.seed,
         tracking=Tracking(mode=config.tracking.mode, status="pending", group=group), unknown=missing,
     )

@@ -184,10 +184,19 @@ class Tracking(BaseModel):
     group: str | None = None
 
 
+class Verdict(BaseModel):
+    """Something that is asked of the code, with the figure that was measured, and whether it held."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    held: bool
+    what: str
+
+
 class RunRecord(Explained):
     """One run. `started` and `ended` are ISO 8601 in UTC; `overrides` are the words given to run.py.
 
     rules: the validity rules that held, a sentence each.  warnings: oddities that do not make a run invalid.
+    verdicts: what is asked of what was measured, by its samples; empty in runs from before they were recorded.
     """
 
     schema_version: Literal[1] = 1
@@ -205,6 +214,7 @@ class RunRecord(Explained):
     memory: tuple[DeviceMemory, ...]
     rules: tuple[str, ...]
     warnings: tuple[str, ...]
+    verdicts: tuple[Verdict, ...] = ()
     samples: SamplesFile
     started: str
     ended: str
@@ -218,8 +228,8 @@ class RunRecord(Explained):
             if not self.metrics or not self.rules or (served and self.kv is None):
                 raise ValueError("a run with status ok needs metrics, the rules that held and, if it served, kv")
             return self
-        if self.metrics or self.memory or self.rules or self.kv is not None:
-            raise ValueError(f"a run with status {self.status} carries no metrics, memory, rules or kv")
+        if self.metrics or self.memory or self.rules or self.verdicts or self.kv is not None:
+            raise ValueError(f"a run with status {self.status} carries no metrics, memory, rules, verdicts or kv")
         if self.reason is None:
             raise ValueError(f"a run with status {self.status} needs a reason")
         return self

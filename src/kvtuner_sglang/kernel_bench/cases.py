@@ -130,4 +130,4 @@ def too_large(cell: Cell, memory_gib: float, rotated_bytes: float) -> str | None
     gib = cell.memory(rotated_bytes) / 2**30
     if gib <= memory_gib:
         return None
-    return f"{cell}: its caches take {gib:.0f} GiB, more than {memory_gib:.0f} (kernels.memory_gib)"
+    return f"{cell}: its caches take {gib:.3g} GiB, more than {memory_gib:g} (kernels.memory_gib)"

@@ -1,7 +1,7 @@
 """Correctness, then times, in one process on one device."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -12,9 +12,10 @@ from kvtuner_sglang.kernel_bench.check import check_decode
 from kvtuner_sglang.kernel_bench.config import KernelsConfig
 from kvtuner_sglang.kernel_bench.contenders import require_peers
 from kvtuner_sglang.kernel_bench.decode_times import time_cell
-from kvtuner_sglang.kernel_bench.samples import Ceilings, Check, LeftOut, Sample, StoreCheck
+from kvtuner_sglang.kernel_bench.samples import Ceilings, Check, DecodeTimes, LeftOut, Sample, StoreCheck, StoreTimes
 from kvtuner_sglang.kernel_bench.store_times import check_stores, time_stores
 from kvtuner_sglang.kernel_bench.table import cell_line, check_line, store_line
+from kvtuner_sglang.measure.hardware import peak_of
 from kvtuner_triton.timing import ceilings, graph_samples
 
 Say = Callable[[str], None]
@@ -43,12 +44,13 @@ def bench(config: KernelsConfig, seed: int, say: Say) -> Iterator[Sample]:
     yield from _checks(config, seed, say)
     say(f"  checked after {time.perf_counter() - start:.0f} s")
     copy, read = ceilings()
-    yield Ceilings(copy, read)
+    timed: list[DecodeTimes | StoreTimes] = []
     say(f"  device copy {copy:.0f} GB/s (read + write), plain read {read:.0f} GB/s")
     if config.store:
         shape = SHAPES[config.shapes[0]]
         for stored in time_stores(shape, config.formats, config.repeats, rotated_bytes(), graph_samples, DEVICE, seed):
             say(store_line(stored, copy))
+            timed.append(stored)
             yield stored
     for cell in cells(config):
         reason = too_large(cell, config.memory_gib, rotated_bytes())
@@ -59,8 +61,25 @@ def bench(config: KernelsConfig, seed: int, say: Say) -> Iterator[Sample]:
         times = time_cell(cell, config.repeats, rotated_bytes(), graph_samples, DEVICE, seed)
         torch.cuda.empty_cache()
         say(cell_line(times, read))
+        timed += times
         yield from times
+    yield ceilings_over(copy, read, timed, torch.cuda.get_device_name() if DEVICE == "cuda" else None)
     say(f"  timed after {time.perf_counter() - start:.0f} s")
+
+
+def ceilings_over(copy_gb_s: float, read_gb_s: float, timed: Sequence[DecodeTimes | StoreTimes],
+                  gpu: str | None) -> Ceilings:
+    """What was measured, or what a timed kernel did faster: then nothing is faster than the floor that it sets.
+
+    Raises MeasurementInvalid if a kernel moved its bytes faster than the GPU's data sheet lets its memory.
+    """
+    peak = peak_of(gpu)
+    for t in timed:
+        if peak is not None and t.gb_s * 1e9 > peak.bytes_per_s:
+            raise MeasurementInvalid(f"{t.kind} {t.format} at {SHAPES[t.shape]} moved {t.gb_s:.0f} GB/s, more than the "
+                                     f"{peak.bytes_per_s / 1e9:.0f} of this GPU's memory: a cache served it.")
+    stores, decodes = ([t.gb_s for t in timed if isinstance(t, kind)] for kind in (StoreTimes, DecodeTimes))
+    return Ceilings(max([copy_gb_s, *stores]), max([read_gb_s, *decodes]))
 
 
 def _said(say: Say) -> Callable[[compile_kernels.Job], compile_kernels.Job]:

@@ -13,7 +13,10 @@ PEER_BOUND = 5.0  # peers are not on trial: this shows that they read the same c
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured GB/s of a device copy (read and write counted) and of plain reading."""
+    """GB/s of a device copy (read and write counted) and of plain reading, or of what was faster (run.ceilings_over).
+
+    Older runs have what one way of plain reading reached, and FlashInfer went beyond it.
+    """
 
     copy_gb_s: float
     read_gb_s: float
@@ -77,6 +80,10 @@ class DecodeTimes:
     def median_us(self) -> float:
         return statistics.median(self.us)
 
+    @property
+    def gb_s(self) -> float:
+        return self.bytes / self.median_us / 1e3
+
 
 @dataclass(frozen=True)
 class StoreTimes:
@@ -94,6 +101,10 @@ class StoreTimes:
     @property
     def median_us(self) -> float:
         return statistics.median(self.us)
+
+    @property
+    def gb_s(self) -> float:
+        return self.bytes / self.median_us / 1e3
 
 
 @dataclass(frozen=True)

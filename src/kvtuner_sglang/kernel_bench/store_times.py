@@ -32,7 +32,8 @@ def works_of(store: Storage) -> tuple[str, ...]:
 class StoreCase:
     """One pass: `tokens` new tokens of one request (extend) or one each (step), for several layers in turn.
 
-    rows (layers, tokens, (q_heads + 2 kv_heads) * head_dim) bf16; page ids are 1 .. pages; table (slots, longest);
+    rows (layers, tokens, (q_heads + 2 kv_heads) * head_dim) bf16; tails (layers, 2, slots, BLOCK, kv_heads, head_dim)
+    bf16, of keys and of values; page ids are 1 .. pages; table (slots, longest);
     locations (tokens,) int64: where tokens of a format with pages of one token go.
     """
 
@@ -80,7 +81,7 @@ class StoreCase:
     def run(self, layer: int) -> None:
         q, key, value = self.inputs(layer)
         keys, values = self.pools[layer]
-        tail_key, tail_value = self.tails[0], self.tails[1]
+        tail_key, tail_value = self.tails[layer]
         if not self.store.fmt.key.per_channel:
             store_by_location(key, value, keys, values, self.locations)
         elif self.work == "extend":
@@ -106,7 +107,8 @@ def store_case(shape: Shape, store: Storage, work: str, tokens: int, layers: int
     seq_lens = torch.full((requests,), tokens if work == "extend" else BLOCK, device=device)
     if work == "step":
         seq_lens = slots % BLOCK + 1  # as many complete a page as do on average
-    tails = torch.randn((2, requests + 1, BLOCK, shape.kv_heads, shape.head_dim), generator=random, device=device)
+    tails = torch.randn((layers, 2, requests + 1, BLOCK, shape.kv_heads, shape.head_dim), generator=random,
+                        device=device)
     items = extend_items([tokens], [tokens], BLOCK)[0].to(device)
     locations = table[1, :tokens] if work == "extend" else table[slots, seq_lens - 1]
     return StoreCase(shape, store, work, rows, pools, tails.bfloat16(), table, slots, seq_lens, locations.long(),
@@ -123,7 +125,7 @@ def _pool(store: Storage, layout: KVShape, pages: int, device: str) -> tuple[Pac
 
 def wrong_bytes(case: StoreCase) -> tuple[str, ...]:
     """Run layer 0 and name what differs from the reference on the CPU in any bit, tails included."""
-    tails = case.tails.cpu().clone()
+    tails = case.tails[0].cpu().clone()
     case.run(0)
     q, key, value = (x.cpu() for x in case.inputs(0))
     if not case.store.fmt.key.per_channel:
@@ -139,7 +141,7 @@ def wrong_bytes(case: StoreCase) -> tuple[str, ...]:
         tails[:, case.slots.cpu(), (case.seq_lens.cpu() - 1) % BLOCK] = torch.stack([key, value])
         key, value = (tail[1:][done].transpose(1, 2) for tail in tails)
         weight = reference.score_weights(q[done], case.shape.kv_heads)
-    kept = () if torch.equal(case.tails.cpu(), tails) else ("tails",)
+    kept = () if torch.equal(case.tails[0].cpu(), tails) else ("tails",)
     return (*_differing(case, ids, key, value, weight), *kept)
 
 

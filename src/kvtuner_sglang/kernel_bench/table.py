@@ -1,7 +1,8 @@
-"""What the console shows: one line a cell, and how it stands to what is asked of the kernels."""
+"""What the console shows, one line a cell, and how the samples stand to what is asked of the kernels."""
 
 from collections.abc import Iterator, Sequence
 
+from kvtuner_sglang.evidence.record import Verdict
 from kvtuner_sglang.kernel_bench.cases import FLASHINFER, KVTUNER, SGLANG_TRITON, SHAPES
 from kvtuner_sglang.kernel_bench.samples import (
     OUR_BOUND,
@@ -32,7 +33,7 @@ def find(times: Sequence[DecodeTimes], kernel: str, name: str) -> DecodeTimes | 
 
 
 def cell_line(times: Sequence[DecodeTimes], read_gb_s: float) -> str:
-    """Microseconds a layer of every kernel of one cell, then kv4 over FlashInfer and its share of its floor."""
+    """Microseconds a layer of every kernel of one cell, then kv4 over FlashInfer and beside plain reading."""
     rows = best(times)
     first = rows[0]
     line = f"  {SHAPES[first.shape]!s:9} {first.batch:3} x {first.context:<6} us " + "  ".join(
@@ -42,7 +43,7 @@ def cell_line(times: Sequence[DecodeTimes], read_gb_s: float) -> str:
         return line
     peers = [(name, find(rows, FLASHINFER, name)) for name in ("bf16", "fp8")]
     ratios = [f"{peer.median_us / main.median_us:.2f}x {name}" for name, peer in peers if peer]
-    return f"{line} | {MAIN}: {' '.join(ratios)} {floor_us(main, read_gb_s) / main.median_us:.2f} of floor"
+    return f"{line} | {MAIN}: {' '.join(ratios)} {main.gb_s / read_gb_s:.2f} of plain read"
 
 
 def check_line(check: Check) -> str:
@@ -51,13 +52,12 @@ def check_line(check: Check) -> str:
 
 
 def store_line(times: StoreTimes, copy_gb_s: float) -> str:
-    rate = times.bytes / times.median_us / 1e3
     return (f"  store {times.format:13} {times.work:13} {times.tokens:5} tokens: {times.median_us:7.2f} us a layer, "
-            f"{rate:5.0f} GB/s, {100 * rate / copy_gb_s:3.0f} % of copy")
+            f"{times.gb_s:5.0f} GB/s, {100 * times.gb_s / copy_gb_s:3.0f} % of copy")
 
 
-def acceptance(samples: Sequence[Sample]) -> Iterator[str]:
-    """A line for everything that is asked of the kernels and was measured."""
+def acceptance(samples: Sequence[Sample]) -> Iterator[Verdict]:
+    """A verdict on everything that is asked of the kernels and was measured."""
     times = best(samples)
     ceilings = ceilings_of(samples)
     yield from _checked(samples)
@@ -75,7 +75,7 @@ def acceptance(samples: Sequence[Sample]) -> Iterator[str]:
     yield from _stores([s for s in samples if isinstance(s, StoreTimes) and s.format == MAIN], ceilings.copy_gb_s)
 
 
-def _checked(samples: Sequence[Sample]) -> Iterator[str]:
+def _checked(samples: Sequence[Sample]) -> Iterator[Verdict]:
     ours = [s for s in samples if isinstance(s, Check) and s.kernel == KVTUNER]
     if ours:
         worst = max(ours, key=lambda s: s.ratio)
@@ -87,7 +87,7 @@ def _checked(samples: Sequence[Sample]) -> Iterator[str]:
         yield _verdict(len(same) == len(stores), f"{len(same)} of {len(stores)} stores bit-exact")
 
 
-def _slower(times: Sequence[DecodeTimes]) -> Iterator[str]:
+def _slower(times: Sequence[DecodeTimes]) -> Iterator[Verdict]:
     """Cells from 4k where kv4 is more than 5 % slower than the faster bf16 peer."""
     slow, cells = [], 0
     for mine in times:
@@ -103,10 +103,10 @@ def _slower(times: Sequence[DecodeTimes]) -> Iterator[str]:
                                  f"from 4k{': ' + ', '.join(slow) if slow else ''}")
 
 
-def _stores(stores: Sequence[StoreTimes], copy_gb_s: float) -> Iterator[str]:
+def _stores(stores: Sequence[StoreTimes], copy_gb_s: float) -> Iterator[Verdict]:
     for s in stores:
         if s.work == "extend":
-            share = s.bytes / s.median_us / 1e3 / copy_gb_s
+            share = s.gb_s / copy_gb_s
             yield _verdict(share >= ASKED_COPY, f"storing {s.tokens} tokens at {share:.2f} of the copy bandwidth, "
                                                 f"asked {ASKED_COPY:.2f}")
         else:
@@ -114,5 +114,9 @@ def _stores(stores: Sequence[StoreTimes], copy_gb_s: float) -> Iterator[str]:
                                                          f"layer at batch {s.tokens}, asked {ASKED_STEP_US:.0f}")
 
 
-def _verdict(held: bool, what: str) -> str:
-    return f"  {'held  ' if held else 'missed'} {what}"
+def _verdict(held: bool, what: str) -> Verdict:
+    return Verdict(held=held, what=what)
+
+
+def verdict_line(verdict: Verdict) -> str:
+    return f"  {'held  ' if verdict.held else 'missed'} {verdict.what}"

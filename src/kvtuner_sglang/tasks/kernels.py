@@ -13,7 +13,7 @@ from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.kernel_bench.metrics import figures
 from kvtuner_sglang.kernel_bench.run import bench, require_device
 from kvtuner_sglang.kernel_bench.samples import Sample
-from kvtuner_sglang.kernel_bench.table import acceptance
+from kvtuner_sglang.kernel_bench.table import verdict_line
 from kvtuner_sglang.serving.commands import NodeCommand
 from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
@@ -40,7 +40,8 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     with run_directory(config.run_dir):
         attempt = record(config, overrides, measure, checkpoint=None)
         tracking.mirror(config.run_dir)
-    for line in acceptance(samples) if attempt.figures else (f"  {attempt.status}: {attempt.reason}",):
+    found = attempt.figures
+    for line in map(verdict_line, found.verdicts) if found else (f"  {attempt.status}: {attempt.reason}",):
         say(line)
     return attempt.outcome(config)
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtuner_sglang import command_line
 from kvtuner_sglang.evidence.record import load_record
@@ -12,9 +13,12 @@ from kvtuner_sglang.kernel_bench import decode_times, run, store_times
 from kvtuner_sglang.kernel_bench.cases import KVTUNER, SHAPES, Cell, Shape, storage
 from kvtuner_sglang.kernel_bench.check import check_decode
 from kvtuner_sglang.kernel_bench.decode_times import time_cell
+from kvtuner_sglang.kernel_bench.metrics import ACCURATE, CEILING, FINITE, IN_TURN, SAME_BYTES
 from kvtuner_sglang.kernel_bench.store_times import check_stores, store_case, time_stores, works_of, wrong_bytes
 from kvtuner_sglang.kernel_bench.tidy import table_of_run
 from kvtuner_sglang.tasks import kernels
+from kvtuner_triton import timing
+from kvtuner_triton.timing import read_works
 
 CONF = Path(__file__).parents[3] / "conf"
 SHAPE = Shape("test", 4, 2, 64)
@@ -64,6 +68,23 @@ def test_stores_are_timed_in_turn_over_layers(device, monkeypatch):
     assert [(t.work, t.tokens, t.layers) for t in times] == [("extend", 128, 2), ("step", 3, 2)]
 
 
+def test_every_layer_of_a_store_has_a_page_in_progress_of_its_own(device):
+    case = store_case(SHAPE, storage("kv4"), "step", 3, 2, device, 0)
+    before = case.tails.clone()
+    case.run(1)
+    assert torch.equal(case.tails[0], before[0])
+    assert not torch.equal(case.tails[1], before[1])
+
+
+def test_plain_reading_reads_everything_in_every_way(device, monkeypatch):
+    monkeypatch.setattr(timing, "READS", ((4, 512, 4), (8, 256, 8)))
+    source = torch.randint(-2**31, 2**31 - 1, (2**14,), dtype=torch.int32, device=device)
+    for name, work in read_works(source, sums := torch.zeros(8, dtype=torch.int32, device=device)).items():
+        sums.zero_()
+        work()
+        assert sums.sum(dtype=torch.int32) == source.sum(dtype=torch.int32), name
+
+
 def test_a_whole_run_ends_with_its_record(device, monkeypatch, tmp_path):
     """Small shapes, no peers and made-up times; everything else is the task as it runs."""
     tiny = replace(SHAPES["qwen2_5_7b"], q_heads=4, kv_heads=2, head_dim=64)
@@ -83,16 +104,20 @@ def test_a_whole_run_ends_with_its_record(device, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "check_decode", partial(check_decode, lengths=[1, 130], multiprocessors=2))
     monkeypatch.setattr(run, "time_cell", partial(time_cell, multiprocessors=2))
     words = ["task=kernels", f"runs_dir={tmp_path}", "tracking=disabled", "kernels=small", "kernels.formats=[kv4]",
-             "kernels.shapes=[qwen2_5_7b]", "kernels.contexts=[128]", "kernels.batches=[1,2]", "kernels.peers=false", "kernels.memory_gib=0.00007"]
+             "kernels.shapes=[qwen2_5_7b]", "kernels.contexts=[128]", "kernels.batches=[1,2]",
+             "kernels.peers=false", "kernels.memory_gib=0.00007"]
     said: list[str] = []
     outcome = kernels.run(command_line.load(words, CONF), words, said.append)
     assert outcome.status == "ok", outcome.reason
     record = load_record(outcome.run_dir)
     assert record.metrics["decode_us/qwen2_5_7b/kvtuner/kv4/batch=1/context=128"].unit == "us"
-    assert record.warnings == ("left out: 4/2/64 2 x 128: its caches take 0 GiB, more than 0 (kernels.memory_gib)",)
+    assert record.warnings == ("left out: 4/2/64 2 x 128: its caches take 8.01e-05 GiB, more than 7e-05 "
+                               "(kernels.memory_gib)",)
     assert record.commands[0].argv == ("python", "run.py", *words)
     assert len(table_of_run(outcome.run_dir, record.model_copy(update={"environment": named_gpu(record)}))) == 1
     assert any("stores bit-exact" in line for line in said)
+    assert "3 of 3 stores bit-exact" in [verdict.what for verdict in record.verdicts if verdict.held]
+    assert record.rules == (ACCURATE, SAME_BYTES, IN_TURN, FINITE, CEILING), "no peer was there to be held to anything"
 
 
 def named_gpu(record):
