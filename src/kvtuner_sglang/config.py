@@ -253,19 +253,7 @@ class RunConfig:
     @property
     def config_hash(self) -> str:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
-        if self.task == "kernels":
-            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
-        elif self.task == "tune":
-            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "model", "tune", "seed")}
-            kept["device"] = self.server.device
-        else:
-            loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
-            other_tasks = loads - {LOADS.get(self.task, "workload")}
-            left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
-            kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
-            kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
-                             if k != "plan_path" and (k != "plan_file" or v is not None)}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(decisive(self.to_dict()), sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
@@ -281,6 +269,21 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / f"{self.slug}-{self.config_hash}"
+
+
+def decisive(tree: dict[str, Any]) -> dict[str, Any]:
+    """All of a configuration, as to_dict() gives it, that can change the result of its task."""
+    if tree["task"] == "kernels":
+        return {k: v for k, v in tree.items() if k in ("task", "kernels", "seed")}
+    if tree["task"] == "tune":
+        kept = {k: v for k, v in tree.items() if k in ("task", "model", "tune", "seed")}
+        return kept | {"device": tree["server"]["device"]}
+    loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
+    left_out = {"force", "runs_dir", "tracking", "report", "plan", *loads - {LOADS.get(tree["task"], "workload")}}
+    kept = {k: v for k, v in tree.items() if k not in left_out}
+    kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
+                     if k != "plan_path" and (k != "plan_file" or v is not None)}
+    return kept
 
 
 def parse(tree: dict[str, Any]) -> RunConfig:

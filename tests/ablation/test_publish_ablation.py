@@ -71,7 +71,8 @@ def test_a_row_a_test_and_no_host_name(run_dir: Callable[..., Path], tmp_path: P
     with (folder / "test_cpu_2_cores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token",
-                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit"]
+                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit",
+                             "run"]
     assert len(rows) == 2 * 4
     kv4 = {(row["prompt_tokens"], row["concurrency"]): row for row in rows if row["quant"] == "kv4"}
     ttft, throughput = kv4["100", "1"], kv4["32", "2"]

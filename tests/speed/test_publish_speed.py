@@ -11,7 +11,7 @@ from kvtuner_sglang.speed.decode_figure import figures
 from kvtuner_sglang.speed.publish import publish, tables
 
 COLUMNS = ["gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
-           "ttft_ms", "tpot_ms", "commit"]
+           "ttft_ms", "tpot_ms", "commit", "run"]
 
 
 @pytest.fixture
