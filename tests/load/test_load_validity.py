@@ -59,7 +59,7 @@ def test_a_record_names_the_rules_of_its_loop(load_config: Callable[..., RunConf
 
 @pytest.mark.parametrize(("words", "part"), [
     (["workload=closed", "workload.repeats=2"], "workload.repeats=2 cannot be used"),
-    (["workload=closed", "workload.requests=3"], "never reach concurrency 4"),
+    (["workload=closed", "workload.requests=7"], "less than 2 for each of 4 workers"),
     (["workload=multiturn", "workload.conversations=1"], "never reach concurrency 2"),
     (["workload=open", "+workload.concurrency=[1]"], "no such option exists"),
     (["workload=closed", "workload.shared_tokens=64"], "only then"),

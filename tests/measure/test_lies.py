@@ -106,7 +106,7 @@ class Lie:
     patch: Callable[[pytest.MonkeyPatch], None] | None = None
 
 
-ALL = 2 + 2 + (1 + 3) + (2 + 3)  # for the time to first token, then under load; warm-ups first
+ALL = 2 + 2 + (1 + 3) + (2 + 4)  # for the time to first token, then under load; warm-ups first
 TTFT = 2 + 2
 LIES = {
     "404 as JSON": Lie("http_200", 1, server="json_404"),

@@ -22,7 +22,7 @@ from kvtuner_sglang.serving.abort import Abort
 from kvtuner_sglang.serving.client import Sample, server_info
 
 CONF = Path(__file__).parents[2] / "conf"
-OVERRIDES = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.requests=3",
+OVERRIDES = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.requests=6",
              "workload.throughput.concurrency=[1,3]", "workload.throughput.output_tokens=4",
              "server.request_timeout_s=5"]
 TOKEN_S = 0.05  # as slow as a real server, or the client's share of the time would be refused first
@@ -157,7 +157,7 @@ def test_too_few_requests_send_nothing(serve: Callable[[Lie], Target], config: R
     samples: list[Sample] = []
     lie = Lie()
     few = {**config.to_dict(), "workload": {**config.to_dict()["workload"]}}
-    few["workload"]["throughput"] = {**few["workload"]["throughput"], "requests": 2}
+    few["workload"]["throughput"] = {**few["workload"]["throughput"], "requests": 5, "rounds": 1}
     with pytest.raises(MeasurementInvalid, match="enough_requests"):
         run(serve(lie), parse(few), samples)
     assert (samples, lie.requests) == ([], 0)

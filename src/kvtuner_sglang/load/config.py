@@ -10,6 +10,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 AnswerTokens = Annotated[int, Field(ge=2)]  # time per output token needs two
 Repeats = Annotated[int, Field(ge=3)]  # fewer say nothing about their spread
 Cache = Literal["cold", "warm", "shared_prefix"]
+ROUNDS = 2  # requests per worker of a closed loop, at least: in a single burst no worker's idling could be seen
 STRICT = ConfigDict(extra="forbid")
 
 

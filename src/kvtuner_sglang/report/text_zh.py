@@ -177,7 +177,7 @@ SENTENCES: dict[str, str] = {
         "同一批中没有两个提示在按计划共享的部分之后以相同的词元继续（`unique_prompts`）。",
     r"unique_prompts: .*": "同一测试中没有两个提示以相同的词元开头（`unique_prompts`）。",
     r"warm_up: .*": "测量之前，已有同样长度、同样并发的请求得到应答（`warm_up`）。",
-    r"enough_requests: .*": "每个并发级别的请求数不少于并发数（`enough_requests`）。",
+    r"enough_requests: .*": "每个并发级别的请求数不少于并发数的两倍（`enough_requests`）。",
     r"fast_client: .* at most (\d+)% of the time\.": "客户端的空闲时间不超过 {}%（`fast_client`）。",
     r"on_schedule: (\d+) of (\d+) .*": "{} / {} 的请求在 `max_dispatch_lag_ms` 之内按泊松计划发出（`on_schedule`）。",
     r"plain_server: .*": "没有启用仅供测量使用的选项（`plain_server`）。",
