@@ -26,7 +26,8 @@ from served_info import truth
 CONF = Path(__file__).parents[1] / "conf"
 SERVER = Path(__file__).with_name("lying_server.py")
 OVERRIDES = ["server.device=cpu", "tracking=disabled", "quality.probe=false", "server.request_timeout_s=10",
-             "workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=1", "workload.throughput.requests=3", "workload.throughput.rounds=2",
+             "workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=1", "workload.throughput.requests=3",
+             "workload.throughput.rounds=2",
              "workload.throughput.concurrency=[1,2]"]
 CHECKPOINT = Checkpoint(
     path=Path("/no/checkpoint"), source="none", sha256="0" * 64, architecture="LlamaForCausalLM", layers=30, q_heads=9,

@@ -45,6 +45,12 @@ def constant_time(prompt: int, asked: int, requests: int) -> Events:
     return [(CONSTANT_S / 2 if n == 1 else CONSTANT_S / 2 / (asked - 1), event(n, prompt)) for n in range(1, asked + 1)]
 
 
+def jittered_time(prompt: int, asked: int, requests: int) -> Events:
+    """The same, a little less or a little more: 8 %, as 50 ms would be 46 to 54."""
+    jitter = 1 + 0.08 * (requests % 3 - 1)
+    return [(jitter * wait, said) for wait, said in constant_time(prompt, asked, requests)]
+
+
 def cached_prefix(prompt: int, asked: int, requests: int) -> Events:
     cached = prompt // 2 if requests > 2 else 0
     return [(wait, event(n, prompt, cached_tokens=cached))
@@ -63,7 +69,8 @@ def tokens_held_back(prompt: int, asked: int, requests: int) -> Events:
 
 ANSWERS: dict[str, Callable[[int, int, int], Events]] = {
     "empty_text": empty_text, "fewer_tokens": fewer_tokens, "constant_time": constant_time,
-    "cached_prefix": cached_prefix, "at_once": at_once, "tokens_held_back": tokens_held_back,
+    "jittered_time": jittered_time, "cached_prefix": cached_prefix, "at_once": at_once,
+    "tokens_held_back": tokens_held_back,
 }
 NOT_FOUND = '{"detail":"Not Found"}'
 

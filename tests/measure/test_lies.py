@@ -16,7 +16,6 @@ import pytest
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publishable
 from kvtuner_sglang.evidence.samples import read_samples
-from kvtuner_sglang.measure import physics
 from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.tasks import serve
@@ -88,11 +87,6 @@ def wall_clock_backwards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(client, "time", Clock)
 
 
-def patient_ear(patch: pytest.MonkeyPatch) -> None:
-    """A busy machine blurs times that are the same: the bound itself is tried in test_physics.py."""
-    patch.setattr(physics, "SAME_TIME", 0.3)
-
-
 @dataclass(frozen=True)
 class Lie:
     """rule: that names it; status; server: lying_server's; info, patch: how /server_info or our own client differs;
@@ -112,7 +106,8 @@ LIES = {
     "404 as JSON": Lie("http_200", 1, server="json_404"),
     "200 with empty text": Lie("text_not_empty", 1, server="empty_text"),
     "fewer tokens than asked": Lie("output_tokens_by_meta", 1, server="fewer_tokens"),
-    "constant-time answers": Lie("constant_time", ALL, server="constant_time", patch=patient_ear),
+    "constant-time answers": Lie("constant_time", ALL, server="constant_time"),
+    "constant-time answers: jittered": Lie("constant_time", ALL, server="jittered_time"),
     "cached prefix in a cold test": Lie("cold_cache", 3, server="cached_prefix"),
     "repeated prompts": Lie("unique_prompts", 0, patch=repeated_prompts),
     "faster than the floor": Lie("faster_than_floor", TTFT, server="at_once"),

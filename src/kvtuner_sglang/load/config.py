@@ -71,9 +71,9 @@ class OpenLoad(SingleTurnLoad):
 
 @dataclass(frozen=True, config=STRICT)
 class CapacityLoad(SingleTurnLoad):
-    """Open loops at the rates that a bisection of `rates_per_s`, ascending, asks for.
+    """Open loops at the rates that a bisection of `rates_per_s`, ascending, asks for; one bisection a repeat.
 
-    A rate meets the SLO if at least `attainment` of its requests, all repeats together, are good.
+    A rate meets the SLO if at least `attainment` of its requests are good.
     """
 
     kind: Literal["capacity"]

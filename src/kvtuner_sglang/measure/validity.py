@@ -88,7 +88,7 @@ RUN_RULES = {
     "wrong_server": "Model, plan, versions, layers and byte budget of every rank are those asked for.",
     "unquantized_pool": "Where quantization was asked for, every rank has our pool.",
     "faster_than_floor": "No token came before this machine could compute it, nor a median step faster than it reads.",
-    "constant_time": "Answers of twice the tokens and more, where there were any, did not take the same time.",
+    "constant_time": "Answers of twice the tokens and more, if any, took longer than short ones by those steps' floor.",
 }
 
 

@@ -179,21 +179,24 @@ SENTENCES: dict[str, str] = {
     r"warm_up: .*": "测量之前，已有同样长度、同样并发的请求得到应答（`warm_up`）。",
     r"enough_requests: .*": "每个并发级别的请求数不少于并发数的两倍（`enough_requests`）。",
     r"fast_client: .* at most (\d+)% of the time\.": "客户端的空闲时间不超过 {}%（`fast_client`）。",
-    r"on_schedule: (\d+) of (\d+) .*": "{} / {} 的请求在 `max_dispatch_lag_ms` 之内按泊松计划发出（`on_schedule`）。",
+    r"on_schedule: No .* (\d+) of (\d+) .*":
+        "没有请求早于泊松计划发出，{} / {} 的请求在其后 `max_dispatch_lag_ms` 之内发出（`on_schedule`）。",
+    r"retractions_reported: .*": "服务器给出了每个请求被撤回的次数（`retractions_reported`）。",
     r"plain_server: .*": "没有启用仅供测量使用的选项（`plain_server`）。",
     r"same_server: .*": "测试前后应答的是同一个服务器，格式和进程均未改变（`same_server`）。",
     r"wrong_server: .*": "每个进程的模型、方案、版本、层和字节预算都与要求的一致（`wrong_server`）。",
     r"unquantized_pool: .*": "要求量化时，每个进程都使用我们的缓存池（`unquantized_pool`）。",
     r"faster_than_floor: .*": "没有词元早于这台机器能算出它的时间，"
                               "步长中位数也不短于读取所需的时间（`faster_than_floor`）。",
-    r"constant_time: .*": "词元数为两倍或更多的回答（如果有）所用时间并不相同（`constant_time`）。",
+    r"constant_time: .*": "词元数为两倍或更多的回答（如果有）比短回答多用了这些解码步的下限时间（`constant_time`）。",
     # what a run may warn of
     r"The weights are random .*": "权重是随机的（`load_format=dummy`）：速度不受影响，文本没有意义。",
     r"TTFT p50 at (\d+) tokens \(([\d.]+) ms\) is clearly below that at (\d+) tokens \(([\d.]+) ms\)\.":
         "{} 个词元时的 TTFT p50（{} ms）明显低于 {} 个词元时（{} ms）。",
-    r"Not even the lowest rate, ([\d.e-]+) req/s, meets the SLO\.": "即使最低的速率 {} req/s 也不满足 SLO。",
-    r"The highest rate of the list, ([\d.e-]+) req/s, meets the SLO: more may be possible\.":
-        "列表中最高的速率 {} req/s 仍满足 SLO：可能还能更高。",
+    r"In (\d+) of (\d+) repeats not even the lowest rate, ([\d.e-]+) req/s, met the SLO\.":
+        "{1} 次重复中有 {0} 次，即使最低的速率 {2} req/s 也不满足 SLO。",
+    r"In (\d+) of (\d+) repeats the highest rate of the list, ([\d.e-]+) req/s, met the SLO: more may be possible\.":
+        "{1} 次重复中有 {0} 次，列表中最高的速率 {2} req/s 仍满足 SLO：可能还能更高。",
     # devices, and what measure.memory does not know of them
     r"rank (\d+) \(pid (\d+)\)": "进程 {}（pid {}）",
     r"GPUs of (.+)": "{} 的 GPU",
