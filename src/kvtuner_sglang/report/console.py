@@ -38,5 +38,5 @@ def _load_lines(record: RunRecord) -> list[str]:
         lines.append(f"  load        {where:24} TTFT p50 {ttft.p50:8.1f} ms  TPOT p50 {tpot.p50:8.1f} ms  n={ttft.n}"
                      + (f"  {rate.mean:8.1f} tok/s" if rate else ""))
     if capacity := record.metrics.get("capacity_per_s"):
-        lines.append(f"  capacity    {capacity.mean:g} req/s within the SLO")
+        lines.append(f"  capacity    {capacity.mean:.3g} req/s within the SLO, mean of {capacity.n} repeats")
     return lines

@@ -87,11 +87,12 @@ TEXT: dict[str, str] = {
                     "TTFT 不超过 {ttft_ms:g} ms 且每个输出词元的平均时间不超过 {tpot_ms:g} ms 的请求才算好请求，"
                     "计入有效吞吐量。设备指一个进程的设备。",
     "dispatch_lag": "请求的发出最多比计划晚 {worst:.1f} ms（p99）；允许 {bound:g} ms。",
-    "capacity_found": "在尝试过的速率中，**{rate:g} req/s** 是至少 {share:.0%} 的请求满足 TTFT 不超过 {ttft_ms:g} ms "
-                      "且每个输出词元不超过 {tpot_ms:g} ms 的最高速率；0 表示没有。",
+    "capacity_found": "至少 {share:.0%} 的请求满足 TTFT 不超过 {ttft_ms:g} ms 且每个输出词元不超过 {tpot_ms:g} ms "
+                      "的最高速率为 **{rate} req/s**：{repeats} 次重复各做一次二分查找后的平均；0 表示没有。",
     "capacity_rate": "满足 SLO 的最高速率（req/s）",
     "formats": "同一负载下的其他格式",
-    "formats_method": "本文件夹中与本次运行只有量化方式不同、且在同一台机器上的运行，取其最高级别。",
+    "formats_method": "本文件夹中与本次运行只有量化方式不同、且在同一台机器上的运行，取其最高级别；"
+                      "容量负载取不高于所得容量的最高已测速率。",
     "interval": "{mean:.4g}（{low:.4g} 至 {high:.4g}）",
     "memory": "显存与内存占用",
     "device": "设备",
@@ -177,7 +178,7 @@ SENTENCES: dict[str, str] = {
         "同一批中没有两个提示在按计划共享的部分之后以相同的词元继续（`unique_prompts`）。",
     r"unique_prompts: .*": "同一测试中没有两个提示以相同的词元开头（`unique_prompts`）。",
     r"warm_up: .*": "测量之前，已有同样长度、同样并发的请求得到应答（`warm_up`）。",
-    r"enough_requests: .*": "每个并发级别的请求数不少于并发数的两倍（`enough_requests`）。",
+    r"enough_requests: .* (\d+) requests .*": "每个并发级别中，每个工作者至少有 {} 个请求（`enough_requests`）。",
     r"fast_client: .* at most (\d+)% of the time\.": "客户端的空闲时间不超过 {}%（`fast_client`）。",
     r"on_schedule: No .* (\d+) of (\d+) .*":
         "没有请求早于泊松计划发出，{} / {} 的请求在其后 `max_dispatch_lag_ms` 之内发出（`on_schedule`）。",
