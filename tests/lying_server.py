@@ -4,7 +4,7 @@
 
 INFO.json is what /server_info shows; the process puts its own host and pid in.  An honest answer takes PREFILL_S and
 TOKEN_S for every output token, through the stream as it comes.  LIE "node1" is no lie but what a second node does:
-HTTP 404 to everything but /health.
+HTTP 404 to everything but /health.  LIE "out_of_memory" ends as torch does that has none.
 """
 
 import json
@@ -132,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(host: str, port: str, lie: str, info: str) -> None:
+    if lie == "out_of_memory":
+        sys.exit("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: a rank is gone")
     Handler.lie, Handler.info = lie, json.loads(Path(info).read_text())
     for rank in Handler.info.get("kvtuner", {}).get("ranks", ()):
         rank["host"], rank["pid"] = socket.gethostname(), os.getpid()

@@ -159,6 +159,12 @@ def test_the_honest_run_counts(patch: Callable[[pytest.MonkeyPatch], None] | Non
     assert publishable(committed(run_dir), "serve").status == "ok"
 
 
+def test_a_node_without_memory_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, record = run_task(serve, tmp_path, monkeypatch, servers=("out_of_memory",))
+    assert (record.status, record.metrics) == ("oom", {})
+    assert "(torch.OutOfMemoryError: CUDA out of memory.)" in (record.reason or "")
+
+
 def test_the_twelve_lies_have_twelve_reasons() -> None:
     kinds = {name.partition(":")[0] for name in LIES}
     assert len({lie.rule for lie in LIES.values()}) == 12

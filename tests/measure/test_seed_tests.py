@@ -136,6 +136,13 @@ def test_a_warm_prefix_cache_is_refused(serve: Callable[[Lie], Target], config: 
     assert [s.kind for s in samples] == ["ttft_warmup", "ttft_warmup", "ttft", "ttft"]
 
 
+def test_a_failed_request_under_load_is_no_throughput(serve: Callable[[Lie], Target], config: RunConfig) -> None:
+    samples: list[Sample] = []
+    with pytest.raises(MeasurementInvalid, match=r"throughput_c1 request .*; 3 of 6 requests failed"):
+        run(serve(Lie(cached_after=10)), config, samples)
+    assert len(samples) == 6 + 1 + 6
+
+
 def test_a_server_that_was_replaced_is_refused(serve: Callable[[Lie], Target], config: RunConfig) -> None:
     """Everything else about this one is right, so all requests are sent: each unique, each of its length."""
     samples: list[Sample] = []

@@ -88,8 +88,6 @@ def metrics_of(config: RunConfig) -> dict[str, Metric]:
         found |= {
             f"requests_per_s/concurrency={level}": metric(1.5 * level**0.5, "req/s", 1),
             f"output_tokens_per_s/concurrency={level}": metric(24.0 * level**0.5, "tok/s", 1),
-            f"success_ratio/concurrency={level}": Metric(unit="ratio", n=1, **dict.fromkeys(
-                ("mean", "p50", "p90", "p99", "min", "max"), 1.0)),
             f"latency_ms/concurrency={level}": metric(600.0 * level**0.5, "ms", load.requests),
             f"tpot_ms/concurrency={level}": metric(35.0 * level**0.5, "ms", load.requests),
         }

@@ -67,8 +67,9 @@ TEXT: dict[str, str] = {
     "requests": "Requests",
     "throughput_analysis": "The highest output rate is **{tokens:.1f} tok/s** ({rate:.2f} req/s) at concurrency "
                            "{best}; mean latency goes from {first:.0f} ms at concurrency {low} to {last:.0f} ms at "
-                           "{high}. {succeeded} of {sent} requests succeeded by HTTP status and token count.",
-    "throughput_method": "Closed loop, {prompt} prompt and {output} output tokens a request.",
+                           "{high}. All {sent} requests succeeded by HTTP status and token count.",
+    "throughput_method": "Closed loop, {prompt} prompt and {output} output tokens a request. The success rate is no "
+                         "measurement but what validity implies: a run in which a request fails has no figures.",
     "load": "Under load",
     "load_level": "Load",
     "load_closed": "Closed loop, {prompt_tokens} prompt and {output_tokens} output tokens a request, {requests} "

@@ -67,8 +67,9 @@ TEXT: dict[str, str] = {
     "requests": "请求数",
     "throughput_analysis": "最高输出速率为 **{tokens:.1f} tok/s**（{rate:.2f} req/s），并发为 {best}；"
                            "平均延迟从并发 {low} 时的 {first:.0f} ms 变为并发 {high} 时的 {last:.0f} ms。"
-                           "按 HTTP 状态码和词元数计算，{sent} 个请求中有 {succeeded} 个成功。",
-    "throughput_method": "闭环负载，每个请求 {prompt} 个提示词元、{output} 个输出词元。",
+                           "按 HTTP 状态码和词元数计算，全部 {sent} 个请求均成功。",
+    "throughput_method": "闭环负载，每个请求 {prompt} 个提示词元、{output} 个输出词元。"
+                         "成功率不是测量值，而是有效性的必然结果：只要有一个请求失败，该次运行就没有任何数据。",
     "load": "负载下的表现",
     "load_level": "负载",
     "load_closed": "闭环负载，每个请求 {prompt_tokens} 个提示词元、{output_tokens} 个输出词元，"
