@@ -25,7 +25,7 @@ Events = list[tuple[float, dict[str, Any]]]  # seconds to wait, and what to send
 def event(tokens: int, prompt_tokens: int, **meta: Any) -> dict[str, Any]:
     return {"text": "word " * tokens, "output_ids": list(range(tokens)),
             "meta_info": {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "cached_tokens": 0,
-                          "finish_reason": None, **meta}}
+                          "num_retractions": 0, "finish_reason": None, **meta}}
 
 
 def honest(prompt: int, asked: int, requests: int) -> Events:
@@ -51,6 +51,10 @@ def jittered_time(prompt: int, asked: int, requests: int) -> Events:
     return [(jitter * wait, said) for wait, said in constant_time(prompt, asked, requests)]
 
 
+def uncounted(prompt: int, asked: int, requests: int) -> Events:
+    return [(wait, event(n, prompt, num_retractions=None)) for n, (wait, _) in enumerate(honest(prompt, asked, 0), 1)]
+
+
 def cached_prefix(prompt: int, asked: int, requests: int) -> Events:
     cached = prompt // 2 if requests > 2 else 0
     return [(wait, event(n, prompt, cached_tokens=cached))
@@ -70,7 +74,7 @@ def tokens_held_back(prompt: int, asked: int, requests: int) -> Events:
 ANSWERS: dict[str, Callable[[int, int, int], Events]] = {
     "empty_text": empty_text, "fewer_tokens": fewer_tokens, "constant_time": constant_time,
     "jittered_time": jittered_time, "cached_prefix": cached_prefix, "at_once": at_once,
-    "tokens_held_back": tokens_held_back,
+    "tokens_held_back": tokens_held_back, "uncounted": uncounted,
 }
 NOT_FOUND = '{"detail":"Not Found"}'
 

@@ -3,7 +3,6 @@
 task=serve runs for real but for the server; see lying_cluster.py.
 """
 
-import asyncio
 import itertools
 import time
 from collections.abc import Callable
@@ -16,47 +15,18 @@ import pytest
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publishable
 from kvtuner_sglang.evidence.samples import read_samples
-from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.tasks import serve
+from lies import (
+    another_model,
+    another_plan,
+    plain_sglang,
+    quantization_off,
+    repeated_prompts,
+    sixteen_bit_pool,
+    slow_client,
+)
 from lying_cluster import committed, run_task
-
-
-def another_plan(info: dict[str, Any]) -> None:
-    for part in (info["kvtuner"], *info["kvtuner"]["ranks"]):
-        part["plan_hash"] = "0" * 12
-
-
-def another_model(info: dict[str, Any]) -> None:
-    info["model_path"] = "/models/another"
-
-
-def plain_sglang(info: dict[str, Any]) -> None:
-    del info["kvtuner"]
-
-
-def sixteen_bit_pool(info: dict[str, Any]) -> None:
-    info["kvtuner"]["ranks"][0]["pool_class"] = "MHATokenToKVPool"
-
-
-def quantization_off(info: dict[str, Any]) -> None:
-    info["kvtuner"]["enabled"] = False
-
-
-def repeated_prompts(patch: pytest.MonkeyPatch) -> None:
-    """As a generator does that starts anew from its seed."""
-    patch.setattr(PromptSource, "take", lambda self, count, tokens: [[300] + [301] * (tokens - 1)] * count)
-
-
-def slow_client(patch: pytest.MonkeyPatch) -> None:
-    honest = client.send  # what stands between an answer and the worker's next request
-
-    async def dawdle(session: Any, base_url: str, request: client.Request, *words: Any) -> client.Sample:
-        sample = await honest(session, base_url, request, *words)
-        await asyncio.sleep(0.6 if request.kind.startswith("throughput") else 0.0)
-        return sample
-
-    patch.setattr(client, "send", dawdle)
 
 
 def clock_backwards(patch: pytest.MonkeyPatch) -> None:

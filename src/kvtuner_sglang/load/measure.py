@@ -45,7 +45,7 @@ def run_load(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: 
     with load_generator(cluster.base_url, checkpoint.path, folder, state["ranks"][0]["device"], cluster.abort,
                         keep) as generator:
         load = Load(cluster, config, workload, planner, generator, say, floor)
-        metrics, warnings = _capacity(load, workload) if isinstance(workload, CapacityLoad) else (_levels(load), [])
+        metrics, warnings = find_capacity(load, workload) if isinstance(workload, CapacityLoad) else (_levels(load), [])
     cluster.check()
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
@@ -136,7 +136,7 @@ def _levels(load: Load) -> dict[str, Metric]:
     return {name: metric for level in load.levels for name, metric in load.metrics(repeats[level], level).items()}
 
 
-def _capacity(load: Load, workload: CapacityLoad) -> tuple[dict[str, Metric], list[str]]:
+def find_capacity(load: Load, workload: CapacityLoad) -> tuple[dict[str, Metric], list[str]]:
     """The highest of the rates that meets the SLO, by a bisection a repeat; 0 if none does.
 
     Also the metrics of every rate tried, which has as many repeats as bisections asked for it.
