@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.load.config import CapacityLoad, ClosedLoad, LoadWorkload, MultiturnLoad
+from kvtuner_sglang.load.config import ROUNDS, CapacityLoad, ClosedLoad, LoadWorkload, MultiturnLoad
 
 if TYPE_CHECKING:
     from kvtuner_sglang.config import QuantConfig, RunConfig
@@ -58,8 +58,11 @@ def check(config: "RunConfig") -> None:
 
 def _check_load(load: LoadWorkload, page_tokens: int) -> None:
     """What fits together in a load workload."""
-    if isinstance(load, ClosedLoad | MultiturnLoad) and load.requests < max(load.concurrency):
-        raise ConfigError(f"workload {load.name}: {load.requests} requests never reach concurrency "
+    if isinstance(load, ClosedLoad) and load.requests < ROUNDS * max(load.concurrency):
+        raise ConfigError(f"workload {load.name}: {load.requests} requests are less than {ROUNDS} for each of "
+                          f"{max(load.concurrency)} workers, so their idling could not be seen: give more.")
+    if isinstance(load, MultiturnLoad) and load.requests < max(load.concurrency):
+        raise ConfigError(f"workload {load.name}: {load.requests} conversations never reach concurrency "
                           f"{max(load.concurrency)}: give as many.")
     if isinstance(load, CapacityLoad) and list(load.rates_per_s) != sorted(set(load.rates_per_s)):
         raise ConfigError(f"workload.rates_per_s={list(load.rates_per_s)} cannot be bisected: give ascending rates.")
