@@ -80,4 +80,4 @@ def test_the_agreement_table_is_what_the_records_give():
 def test_the_tuner_table_is_what_the_records_give():
     folder = PUBLISHED / "tuner"
     tables = [path.read_text() for path in folder.glob("*.csv")]
-    assert tables == ([tuner.to_csv(tuner.table_of(folder))] if any(folder.glob("tune-*")) else [])
+    assert tables == (list(tuner.tables(folder).values()) if any(folder.glob("tune-*")) else [])
