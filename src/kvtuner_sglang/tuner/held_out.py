@@ -17,7 +17,7 @@ OVERLAP_TOKENS = 24
 
 @dataclass(frozen=True)
 class HeldOut:
-    """KL in nats and share of equal first tokens over the `n_tokens` positions from FIRST_COUNTED on; kl_se: its error."""
+    """KL in nats with its standard error, and share of equal first tokens, over `n_tokens` from FIRST_COUNTED on."""
 
     kl: float
     kl_se: float

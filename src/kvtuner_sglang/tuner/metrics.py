@@ -33,7 +33,7 @@ def figures(tuned: Tuned) -> Figures:
     metrics["search_plans"] = single(len(tuned.found.candidates), "1", tuned.found.trials)
     metrics["scores_reused"] = single(tuned.reused, "1", tuned.scores)
     metrics["clusters"] = single(len(tuned.clusters), "1", len(tuned.surviving))
-    return Figures(metrics, RULES, (*_short_of_plans(tuned.found, tuned.asked), *_warnings(tuned.compared)))
+    return Figures(metrics, RULES, (*short_of_plans(tuned.found, tuned.asked), *warnings_of(tuned.compared)))
 
 
 def _metrics_of(one: Compared) -> dict[str, Metric]:
@@ -48,14 +48,16 @@ def _metrics_of(one: Compared) -> dict[str, Metric]:
     }
 
 
-def _short_of_plans(found: Found, asked: int) -> tuple[str, ...]:
+def short_of_plans(found: Found, asked: int) -> tuple[str, ...]:
+    """A warning if the search ended with fewer plans than were asked for."""
     if len(found.candidates) >= asked:
         return ()
     return (f"the search found {len(found.candidates)} of {asked} plans: {found.trials} trials ran out, "
             f"{found.infeasible} of them over the budget and {found.repeated} of plans scored before.",)
 
 
-def _warnings(compared: Sequence[Compared]) -> tuple[str, ...]:
+def warnings_of(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """A warning for every other plan that is no worse than the tuned one on held-out text."""
     tuned = compared[0]
     return tuple(f"the tuned plan's held-out KL {tuned.score.kl:.4f} is not below that of {one.plan.name} "
                  f"({one.compared}, {one.plan.effective_bits:.3f} bits): {one.score.kl:.4f}."

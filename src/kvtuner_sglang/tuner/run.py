@@ -102,6 +102,8 @@ def tune_model(bench: Bench, identity: ModelIdentity, tune: TuneConfig, seed: in
     additive = by_layer(space, kept, kl_of)
     searched = search.search(space, kl_of, study, population=tune.population, candidates=tune.candidates, seed=seed,
                              say=say)
+    for candidate in searched.candidates:
+        kl_of(candidate.plan)  # known; the book counts those of an earlier process, too
     candidates = [*searched.candidates, additive]
     chosen = min(candidates, key=lambda candidate: candidate.kl)
     compared, recall_full = _check(bench, identity, tune, seed, menu, kept, candidates, chosen, additive.plan, book,
