@@ -72,8 +72,8 @@ class QuantConfig:
         if self.plan_path is None or self.plan_file is not None:
             return self
         others = LayerFormat(4, 4, self.axis_key, self.axis_value, self.group_size, self.asym, self.key_boost)
-        return replace(self, name=f"{self.name}_{plan_path(self.plan_path).stem}",
-                       plan_file=load_plan(self.plan_path, others))
+        plan = load_plan(self.plan_path, others)
+        return replace(self, name=f"{self.name}_{plan.name or plan_path(self.plan_path).stem}", plan_file=plan)
 
     def options(self) -> KvtunerOptions:
         """What the plugin is asked for in a server of this format."""
@@ -90,7 +90,10 @@ class QuantConfig:
     @property
     def page_tokens(self) -> int:
         """Tokens of a page as served: of keys per channel they share a scale and zero."""
-        return page_tokens(self.any_formats(), self.page_size)
+        if self.plan_file is None:
+            return page_tokens(self.any_formats(), self.page_size)
+        with naming(self.plan_path):
+            return self.plan_file.page_tokens(self.page_size)
 
     def plan(self, layers: int, model: ModelIdentity | None = None) -> tuple[KVFormat, ...]:
         """The format of each of `layers` layers, 16 bits when disabled; raises ConfigError if it is not for `model`."""
@@ -214,7 +217,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PlanConfig:
-    """Where quant=plan finds its per-layer file; other formats do not look at it."""
+    """Where quant=plan finds its per-layer file; null with other formats."""
 
     path: str | None
 

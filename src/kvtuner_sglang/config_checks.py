@@ -20,6 +20,8 @@ def check(config: "RunConfig") -> None:
     for name, values in (("hosts", dist.hosts), ("http_ports", dist.http_ports)):
         if len(values) != dist.nnodes:
             raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
+    if config.plan.path is not None and quant.plan_path is None:
+        raise ConfigError("plan.path is for quant=plan: give that, or leave plan.path out.")
     if quant.enabled:
         _check_bits(quant)
         if config.quality.probe_tokens < 2 * quant.page_tokens:
@@ -123,6 +125,10 @@ def _check_agreement(config: "RunConfig") -> None:
                           "agreement.dists.")
     if not agreement.dists or not set(agreement.dists) <= set(agreement.layouts):
         raise ConfigError(f"agreement.dists={list(agreement.dists)} must name some of {', '.join(agreement.layouts)}.")
+    page = config.quant.page_tokens
+    if agreement.prompt_tokens <= page:
+        raise ConfigError(f"agreement.prompt_tokens={agreement.prompt_tokens} fills no page of {page} that a later "
+                          f"token would read as stored, so nothing would be compared: give {2 * page + 1} or more.")
     longest = agreement.prompt_tokens + agreement.new_tokens
     if longest + 8 > config.server.context_length:
         raise ConfigError(f"agreement needs {longest} tokens but server.context_length is "
