@@ -25,9 +25,9 @@ from served_info import truth
 
 CONF = Path(__file__).parents[1] / "conf"
 SERVER = Path(__file__).with_name("lying_server.py")
-OVERRIDES = ["server.device=cpu", "tracking=disabled", "quality.probe=false", "server.request_timeout_s=10",
-             "workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=1", "workload.throughput.requests=3",
-             "workload.throughput.concurrency=[1,2]"]
+OVERRIDES = ["server.device=cpu", "tracking=disabled", "quality.probe=false", "server.request_timeout_s=10"]
+SEED_TESTS = ["workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=1", "workload.throughput.requests=3",
+              "workload.throughput.rounds=2", "workload.throughput.concurrency=[1,2]"]
 CHECKPOINT = Checkpoint(
     path=Path("/no/checkpoint"), source="none", sha256="0" * 64, architecture="LlamaForCausalLM", layers=30, q_heads=9,
     kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, vocab_size=49152, dtype_name="float32",
@@ -38,13 +38,14 @@ MADE_UP = Roofline("cpu", "float32", 2**29, flops_per_s=1.92e12, bytes_per_s=1.8
 
 
 def run_task(task: ModuleType, tmp_path: Path, patch: pytest.MonkeyPatch, *more: str,
-             servers: Sequence[str] = ("honest",),
+             servers: Sequence[str] = ("honest",), workload: Sequence[str] = tuple(SEED_TESTS),
              info: Callable[[dict[str, Any]], None] | None = None) -> tuple[Path, RunRecord]:
     """`task` with one of lying_server's `servers` a node; `info` changes what /server_info says.
 
     Returns the folder it left and the record in it.
     """
-    config = command_line.load([*OVERRIDES, *more, f"runs_dir={tmp_path / 'runs'}"], CONF)
+    words = [*OVERRIDES, *workload, *more]
+    config = command_line.load([*words, f"runs_dir={tmp_path / 'runs'}"], CONF)
     said = truth(config, model_path=str(CHECKPOINT.path))
     if info:
         info(said)
@@ -63,7 +64,7 @@ def run_task(task: ModuleType, tmp_path: Path, patch: pytest.MonkeyPatch, *more:
     patch.setattr(task, "prepare_checkpoint", lambda *_words: CHECKPOINT)
     patch.setattr(physics, "roofline", lambda *_words: MADE_UP)
     patch.setattr(physics, "cpu_server_environment", lambda *_words, **_more: {"OMP_NUM_THREADS": "1"})
-    task.run(config, [*OVERRIDES, *more], lambda _line: None)
+    task.run(config, words, lambda _line: None)
     return config.run_dir, load_record(config.run_dir)
 
 

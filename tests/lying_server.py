@@ -4,7 +4,7 @@
 
 INFO.json is what /server_info shows; the process puts its own host and pid in.  An honest answer takes PREFILL_S and
 TOKEN_S for every output token, through the stream as it comes.  LIE "node1" is no lie but what a second node does:
-HTTP 404 to everything but /health.
+HTTP 404 to everything but /health.  LIE "out_of_memory" ends as torch does that has none.
 """
 
 import json
@@ -25,7 +25,7 @@ Events = list[tuple[float, dict[str, Any]]]  # seconds to wait, and what to send
 def event(tokens: int, prompt_tokens: int, **meta: Any) -> dict[str, Any]:
     return {"text": "word " * tokens, "output_ids": list(range(tokens)),
             "meta_info": {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "cached_tokens": 0,
-                          "finish_reason": None, **meta}}
+                          "num_retractions": 0, "finish_reason": None, **meta}}
 
 
 def honest(prompt: int, asked: int, requests: int) -> Events:
@@ -43,6 +43,16 @@ def fewer_tokens(prompt: int, asked: int, requests: int) -> Events:
 def constant_time(prompt: int, asked: int, requests: int) -> Events:
     """Half of the time for the first token, the rest shared by the others: the sum is always the same."""
     return [(CONSTANT_S / 2 if n == 1 else CONSTANT_S / 2 / (asked - 1), event(n, prompt)) for n in range(1, asked + 1)]
+
+
+def jittered_time(prompt: int, asked: int, requests: int) -> Events:
+    """The same, a little less or a little more: 8 %, as 50 ms would be 46 to 54."""
+    jitter = 1 + 0.08 * (requests % 3 - 1)
+    return [(jitter * wait, said) for wait, said in constant_time(prompt, asked, requests)]
+
+
+def uncounted(prompt: int, asked: int, requests: int) -> Events:
+    return [(wait, event(n, prompt, num_retractions=None)) for n, (wait, _) in enumerate(honest(prompt, asked, 0), 1)]
 
 
 def cached_prefix(prompt: int, asked: int, requests: int) -> Events:
@@ -63,7 +73,8 @@ def tokens_held_back(prompt: int, asked: int, requests: int) -> Events:
 
 ANSWERS: dict[str, Callable[[int, int, int], Events]] = {
     "empty_text": empty_text, "fewer_tokens": fewer_tokens, "constant_time": constant_time,
-    "cached_prefix": cached_prefix, "at_once": at_once, "tokens_held_back": tokens_held_back,
+    "jittered_time": jittered_time, "cached_prefix": cached_prefix, "at_once": at_once,
+    "tokens_held_back": tokens_held_back, "uncounted": uncounted,
 }
 NOT_FOUND = '{"detail":"Not Found"}'
 
@@ -125,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(host: str, port: str, lie: str, info: str) -> None:
+    if lie == "out_of_memory":
+        sys.exit("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: a rank is gone")
     Handler.lie, Handler.info = lie, json.loads(Path(info).read_text())
     for rank in Handler.info.get("kvtuner", {}).get("ranks", ()):
         rank["host"], rank["pid"] = socket.gethostname(), os.getpid()

@@ -110,12 +110,28 @@ def test_a_run_keeps_its_plan_and_is_named_by_it(tmp_path):
     assert config.quant.plan(2)[1].key.bits == 4, "a run does not read it a second time"
 
 
-def test_other_formats_do_not_look_at_the_plan():
-    assert load("plan.path=preset:qwen2_5_7b_kivi_3_18").run_dir == load().run_dir
+def test_a_plan_is_served_with_its_own_pages_and_under_its_own_name(tmp_path):
+    def planned(*words, page=128, name="mine"):
+        text = PLAN.replace("axis_key: 0", "axis_key: 1") + f"page_size: {page}\nname: {name}\n"
+        (tmp_path / "plan.yaml").write_text(text)
+        return load("quant=plan", f"plan.path={tmp_path / 'plan.yaml'}", *words).quant
+
+    assert planned().page_tokens == planned("quant.page_size=128").page_tokens == 128
+    assert planned().options().page_tokens(None) == 128
+    assert planned(page=64).page_tokens == 64
+    assert (planned().name, planned(name="other").name) == ("plan_mine", "plan_other")
+    with pytest.raises(ConfigError, match=r"plan.yaml: the plan is for pages of 128 tokens .* leave --page-size"):
+        planned("quant.page_size=64")
+    with pytest.raises(ConfigError, match="choose 64 or 128"):
+        planned(page=32)
+    with pytest.raises(ConfigError, match=r"plan.yaml: name"):
+        planned(name="a/b")
 
 
 @pytest.mark.parametrize(("words", "part"), [
     (["quant=plan"], "quant=plan does not say how many bits: give plan.path=FILE"),
+    (["plan.path=preset:qwen2_5_7b_kivi_3_18"], "plan.path is for quant=plan: give that, or leave plan.path out."),
+    (["quant=kv8", "plan.path=preset:qwen2_5_7b_kivi_3_18"], "plan.path is for quant=plan"),
     (["quant=plan", "plan.path=/no/plan.yaml"], "/no/plan.yaml cannot be read"),
     (["quant=plan", "plan.path=preset:kv5"], "choose preset:NAME from"),
     (["quant=plan", "plan.path=preset:qwen2_5_7b_kivi_3_18", "quant.nbits_key=4"], "leave quant.nbits_key"),
@@ -150,6 +166,8 @@ def test_plans_that_cannot_be(words, part):
         (["task=agreement", "dist=tp2"], "choose dist=single"),
         (["task=agreement", "agreement.dists=[tp4]"], "must name some of"),
         (["task=agreement", "agreement.prompt_tokens=2040"], "server.context_length"),
+        (["task=agreement", "agreement.prompt_tokens=20", "quant.page_size=128"], "fills no page of 128"),
+        (["task=agreement", "agreement.prompt_tokens=1", "quant=bf16"], "fills no page of 1 "),
         (["quant=kv4,kv8"], "add -m"),
         (["exp=ablation", "quant=kv4"], "add -m"),
         (["exp=oblation"], "choose from"),

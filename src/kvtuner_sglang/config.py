@@ -72,8 +72,8 @@ class QuantConfig:
         if self.plan_path is None or self.plan_file is not None:
             return self
         others = LayerFormat(4, 4, self.axis_key, self.axis_value, self.group_size, self.asym, self.key_boost)
-        return replace(self, name=f"{self.name}_{plan_path(self.plan_path).stem}",
-                       plan_file=load_plan(self.plan_path, others))
+        plan = load_plan(self.plan_path, others)
+        return replace(self, name=f"{self.name}_{plan.name or plan_path(self.plan_path).stem}", plan_file=plan)
 
     def options(self) -> KvtunerOptions:
         """What the plugin is asked for in a server of this format."""
@@ -90,7 +90,10 @@ class QuantConfig:
     @property
     def page_tokens(self) -> int:
         """Tokens of a page as served: of keys per channel they share a scale and zero."""
-        return page_tokens(self.any_formats(), self.page_size)
+        if self.plan_file is None:
+            return page_tokens(self.any_formats(), self.page_size)
+        with naming(self.plan_path):
+            return self.plan_file.page_tokens(self.page_size)
 
     def plan(self, layers: int, model: ModelIdentity | None = None) -> tuple[KVFormat, ...]:
         """The format of each of `layers` layers, 16 bits when disabled; raises ConfigError if it is not for `model`."""
@@ -214,7 +217,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PlanConfig:
-    """Where quant=plan finds its per-layer file; other formats do not look at it."""
+    """Where quant=plan finds its per-layer file; null with other formats."""
 
     path: str | None
 
@@ -253,19 +256,7 @@ class RunConfig:
     @property
     def config_hash(self) -> str:
         """Ten hex digits over all that can change a result: not where it is written or whether it is forced."""
-        if self.task == "kernels":
-            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "kernels", "seed")}
-        elif self.task == "tune":
-            kept = {k: v for k, v in self.to_dict().items() if k in ("task", "model", "tune", "seed")}
-            kept["device"] = self.server.device
-        else:
-            loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
-            other_tasks = loads - {LOADS.get(self.task, "workload")}
-            left_out = ("force", "runs_dir", "tracking", "report", "plan", *other_tasks)
-            kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
-            kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
-                             if k != "plan_path" and (k != "plan_file" or v is not None)}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(decisive(self.to_dict()), sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
@@ -281,6 +272,21 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / f"{self.slug}-{self.config_hash}"
+
+
+def decisive(tree: dict[str, Any]) -> dict[str, Any]:
+    """All of a configuration, as to_dict() gives it, that can change the result of its task."""
+    if tree["task"] == "kernels":
+        return {k: v for k, v in tree.items() if k in ("task", "kernels", "seed")}
+    if tree["task"] == "tune":
+        kept = {k: v for k, v in tree.items() if k in ("task", "model", "tune", "seed")}
+        return kept | {"device": tree["server"]["device"]}
+    loads = {"workload", "quality", "kernels", "speed", "agreement", "tune"}
+    left_out = {"force", "runs_dir", "tracking", "report", "plan", *loads - {LOADS.get(tree["task"], "workload")}}
+    kept = {k: v for k, v in tree.items() if k not in left_out}
+    kept["quant"] = {k: v for k, v in kept["quant"].items()  # of a plan its contents, wherever it lay
+                     if k != "plan_path" and (k != "plan_file" or v is not None)}
+    return kept
 
 
 def parse(tree: dict[str, Any]) -> RunConfig:

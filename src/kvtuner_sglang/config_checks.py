@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.load.config import CapacityLoad, ClosedLoad, LoadWorkload, MultiturnLoad
+from kvtuner_sglang.load.config import ROUNDS, CapacityLoad, ClosedLoad, LoadWorkload, MultiturnLoad
 
 if TYPE_CHECKING:
     from kvtuner_sglang.config import QuantConfig, RunConfig
@@ -20,6 +20,8 @@ def check(config: "RunConfig") -> None:
     for name, values in (("hosts", dist.hosts), ("http_ports", dist.http_ports)):
         if len(values) != dist.nnodes:
             raise ConfigError(f"dist.{name} has {len(values)} entries for {dist.nnodes} nodes: give one per node.")
+    if config.plan.path is not None and quant.plan_path is None:
+        raise ConfigError("plan.path is for quant=plan: give that, or leave plan.path out.")
     if quant.enabled:
         _check_bits(quant)
         if config.quality.probe_tokens < 2 * quant.page_tokens:
@@ -58,8 +60,11 @@ def check(config: "RunConfig") -> None:
 
 def _check_load(load: LoadWorkload, page_tokens: int) -> None:
     """What fits together in a load workload."""
-    if isinstance(load, ClosedLoad | MultiturnLoad) and load.requests < max(load.concurrency):
-        raise ConfigError(f"workload {load.name}: {load.requests} requests never reach concurrency "
+    if isinstance(load, ClosedLoad) and load.requests < ROUNDS * max(load.concurrency):
+        raise ConfigError(f"workload {load.name}: {load.requests} requests are less than {ROUNDS} for each of "
+                          f"{max(load.concurrency)} workers, so their idling could not be seen: give more.")
+    if isinstance(load, MultiturnLoad) and load.requests < max(load.concurrency):
+        raise ConfigError(f"workload {load.name}: {load.requests} conversations never reach concurrency "
                           f"{max(load.concurrency)}: give as many.")
     if isinstance(load, CapacityLoad) and list(load.rates_per_s) != sorted(set(load.rates_per_s)):
         raise ConfigError(f"workload.rates_per_s={list(load.rates_per_s)} cannot be bisected: give ascending rates.")
@@ -120,6 +125,10 @@ def _check_agreement(config: "RunConfig") -> None:
                           "agreement.dists.")
     if not agreement.dists or not set(agreement.dists) <= set(agreement.layouts):
         raise ConfigError(f"agreement.dists={list(agreement.dists)} must name some of {', '.join(agreement.layouts)}.")
+    page = config.quant.page_tokens
+    if agreement.prompt_tokens <= page:
+        raise ConfigError(f"agreement.prompt_tokens={agreement.prompt_tokens} fills no page of {page} that a later "
+                          f"token would read as stored, so nothing would be compared: give {2 * page + 1} or more.")
     longest = agreement.prompt_tokens + agreement.new_tokens
     if longest + 8 > config.server.context_length:
         raise ConfigError(f"agreement needs {longest} tokens but server.context_length is "

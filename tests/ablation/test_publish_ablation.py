@@ -52,7 +52,7 @@ def run_dir(tmp_path: Path) -> Callable[..., Path]:
             log.append(Sample("r", "ttft", 1, 1, 0.0, 0.0))
         kv = KVRecord(format="f", enabled=True, plan_hash="0", page_size=64, tokens=900, effective_bits=4.25,
                       budget_bytes_per_rank=1, full_precision_dtype="float32", full_precision_tokens=1,
-                      capacity_ratio=1.0, package_version="0", sglang_version="0", ranks=(rank(0), rank(1)))
+                      capacity_ratio=900.0, package_version="0", sglang_version="0", ranks=(rank(0), rank(1)))
         metrics = {f"ttft_ms/prompt_tokens={n}": metric(10.0 * n, "ms") for n in (10, 100)}
         metrics |= {f"output_tokens_per_s/concurrency={n}": metric(5.0 * n, "tok/s") for n in (1, 2)}
         figures = Figures(metrics=metrics, rules=("a rule.",), kv=kv)
@@ -71,7 +71,8 @@ def test_a_row_a_test_and_no_host_name(run_dir: Callable[..., Path], tmp_path: P
     with (folder / "test_cpu_2_cores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token",
-                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit"]
+                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit",
+                             "run"]
     assert len(rows) == 2 * 4
     kv4 = {(row["prompt_tokens"], row["concurrency"]): row for row in rows if row["quant"] == "kv4"}
     ttft, throughput = kv4["100", "1"], kv4["32", "2"]

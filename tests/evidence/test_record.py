@@ -101,3 +101,10 @@ def test_samples_survive_threads_and_a_crash(tmp_path: Path) -> None:
     summary = log.summary()
     assert (summary.count, summary.file) == (40, "requests.jsonl")
     assert summary.sha256 == file_sha256(tmp_path / "requests.jsonl")
+
+
+def test_the_capacity_ratio_is_that_of_its_tokens(make_record: Callable[..., RunRecord]) -> None:
+    tree = json.loads(make_record().model_dump_json())
+    tree["kv"]["capacity_ratio"] *= 1.01
+    with pytest.raises(ValidationError, match="not tokens / full_precision_tokens"):
+        RunRecord.model_validate(tree)

@@ -12,6 +12,8 @@ from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.sweep import COLUMNS, SweepJob, job_of, markdown_table, summary_table, table, write_summary
 
+OF_LOADS = ("load", "retractions", "capacity (req/s)")
+LOAD_METRICS = ("ttft_ms", "output_tokens_per_s", "goodput_per_s", "retractions")
 APPLICATION = """
 import sys
 from pathlib import Path
@@ -53,6 +55,24 @@ def test_table_has_a_row_for_every_job(jobs: list[SweepJob]) -> None:
     assert lost["reason"] == "no | such\nfile"
 
 
+@pytest.mark.parametrize("capacity", [True, False])
+def test_a_load_is_shown_by_its_own_figures(make_record: Callable[..., RunRecord], capacity: bool) -> None:
+    """Of a capacity at the highest rate that is not above it, else at the highest of all."""
+    seed = make_record()
+    of_rate = {0.5: 1.0, 2.0: 3.0, 10.0: 5.0}
+    one = seed.metric("output_tokens_per_s", concurrency=2)
+    metrics = {f"{name}/rate_per_s={rate}": one.model_copy(update={"mean": value, "p50": value})
+               for rate, value in of_rate.items() for name in LOAD_METRICS}
+    if capacity:
+        metrics["capacity_per_s"] = one.model_copy(update={"mean": 2.5})
+    rows = table([SweepJob("quant=kv4", seed.model_copy(update={"metrics": metrics})), SweepJob("x", None)])
+    value = 3.0 if capacity else 5.0
+    assert list(rows.columns) == [name for name in COLUMNS if capacity or name != "capacity (req/s)"]
+    assert rows.iloc[0][["load", "TTFT p50 (ms)", "output tok/s", "retractions"]].tolist() == [
+        f"rate_per_s={2.0 if capacity else 10.0}", value, value, value]
+    assert not capacity or rows.iloc[0]["capacity (req/s)"] == 2.5
+
+
 def test_markdown_keeps_one_line_per_job(jobs: list[SweepJob]) -> None:
     lines = summary_table(jobs).splitlines()
     assert len(lines) == 2 + len(jobs)
@@ -64,7 +84,7 @@ def test_markdown_keeps_one_line_per_job(jobs: list[SweepJob]) -> None:
 def test_summary_files(jobs: list[SweepJob], tmp_path: Path) -> None:
     path = write_summary(tmp_path / "sweeps" / "one", jobs)
     assert "rank 1 died" in path.read_text()
-    assert tuple(pd.read_csv(path.with_suffix(".csv")).columns) == COLUMNS
+    assert list(pd.read_csv(path.with_suffix(".csv")).columns) == [name for name in COLUMNS if name not in OF_LOADS]
 
 
 def test_a_job_without_a_record_is_a_failed_job(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvtuner_sglang.tasks import forensics
 from lying_cluster import CONF, committed, run_task
 
 EXP = ("exp=seed_report",)
-TTFT_POSTS, LOADED_POSTS = 2 * 1, 2 * 3  # lengths x repeats, levels x requests
+TTFT_POSTS, LOADED_POSTS = 2 * 1, 3 + 4  # lengths x repeats, requests of both levels
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_option_chooses_the_seeds_topology_and_tests() -> None:
 
 @pytest.mark.slow
 def test_the_real_engines_second_node_answers_404(tmp_path: Path) -> None:
-    short = ["workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=2", "workload.throughput.requests=2",
+    short = ["workload.ttft.prompt_tokens=[10,1000]", "workload.ttft.repeats=2", "workload.throughput.requests=4",
              "workload.throughput.concurrency=[1,2]", "workload.throughput.prompt_tokens=16",
              "workload.throughput.output_tokens=4"]
     root = CONF.parent

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.forensics import publish as publish_module
 from kvtuner_sglang.forensics.claimed import claimed
 from kvtuner_sglang.forensics.publish import published, readme
 from kvtuner_sglang.forensics.report import paragraph
@@ -34,3 +36,14 @@ def test_the_seeds_column_is_that_of_404_replies(records: list[RunRecord]) -> No
     replies = [s for s in read_samples(FOLDER / records[0].name) if s["kind"] == "node1_reply"]
     assert {sample["http_status"] for sample in replies} == {404}
     assert len(replies) == sum(m.n for key, m in records[0].metrics.items() if key.startswith("node1_reply_ms/"))
+
+
+def test_nothing_is_written_if_a_text_cannot_be_made(records: list[RunRecord], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise UserError("no paragraph")
+
+    monkeypatch.setattr(publish_module, "paragraph", refuse)
+    with pytest.raises(UserError, match="no paragraph"):
+        publish_module.publish([FOLDER / records[0].name], tmp_path / "forensics")
+    assert not (tmp_path / "forensics").exists()

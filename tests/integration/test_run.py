@@ -16,7 +16,7 @@ SHORT = [
     "workload.ttft.prompt_tokens=[10,50]",
     "workload.ttft.repeats=2",
     "workload.throughput.concurrency=[2]",
-    "workload.throughput.requests=2",
+    "workload.throughput.requests=4",
     "workload.throughput.prompt_tokens=16",
     "workload.throughput.output_tokens=4",
 ]

@@ -119,9 +119,9 @@ def test_console_lines(invented_run):
     line = cell_line(cell, 3000.0)
     assert "\n" not in line
     assert all(part in line for part in ("28/4/128", "16 x 32768", "kv4 ", "FI bf16", "FI fp8", "SGL bf16",
-                                         "0.80 of plain read"))
+                                         "0.80 of a plain read"))
     verdicts = [verdict_line(verdict) for verdict in acceptance(samples)]
-    assert any("held" in v and "kv4 at 0.80 of its floor" in v for v in verdicts)
+    assert any("held" in v and "kv4 at 0.80 of a plain read there" in v for v in verdicts)
     assert any("missed" in v and "6.00 us a layer at batch 64" in v for v in verdicts)
     assert any("1 of 1 stores bit-exact" in v for v in verdicts)
     assert len(best(cell)) == 7

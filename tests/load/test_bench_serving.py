@@ -21,6 +21,7 @@ from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
 from kvtuner_sglang.load.bench_serving import arrivals_s
 from kvtuner_sglang.load.generator import SUMMARY_FILE, Generator, load_generator
 from kvtuner_sglang.load.plan import Batch, Level
+from kvtuner_sglang.load.validity import require_on_schedule
 from kvtuner_sglang.measure.validity import require_valid
 from kvtuner_sglang.serving.abort import Abort
 from kvtuner_sglang.serving.checkpoint import prepare_checkpoint
@@ -154,8 +155,8 @@ def test_an_open_loop_sends_whatever_is_in_flight(generator: Generator, behaviou
     assert [s.request_id for s in samples] == [f"c{n}-turn0" for n in range(6)]
     scheduled = [s.scheduled_s - samples[0].scheduled_s for s in samples]
     assert scheduled == pytest.approx(arrivals_s(40.0, 6, 11))
-    # A sleep ends late and never early, so no request leaves before the gap that was drawn for it.
-    assert all(b.sent_s - a.sent_s > 0 for a, b in pairwise(samples))
+    require_on_schedule(samples, max_lag_ms=1e9)  # late on a busy machine, but none before its time
+    assert samples[-1].scheduled_s - samples[0].scheduled_s > 0.05  # which all at once would have been
 
 
 def test_the_schedule_is_what_bench_serving_sleeps() -> None:

@@ -1,12 +1,17 @@
 """Metrics of a load by hand: latencies, goodput, intervals over repeats, bisection."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence.record import Metric
+from kvtuner_sglang.load import measure
 from kvtuner_sglang.load.config import Slo
 from kvtuner_sglang.load.figures import attainment, e2e_ms, good, itl_ms, level_metrics, over_repeats
 from kvtuner_sglang.load.measure import bisect_rates
+from kvtuner_sglang.load.plan import Level
 from kvtuner_sglang.serving.client import Sample
 
 
@@ -52,6 +57,34 @@ def test_metrics_of_three_repeats(make_sample: Callable[..., Sample]) -> None:
     assert metrics[f"cached_tokens/{at}"].mean == 32
     assert (metrics[f"retractions/{at}"].mean, metrics[f"retractions/{at}"].max) == (pytest.approx(2 / 3), 2)
     assert metrics[f"ttft_p50_ms/{at}"].ci95 == pytest.approx((300, 300))
+
+
+def test_every_repeat_has_its_own_bisection(make_sample: Callable[..., Sample],
+                                            load_config: Callable[..., RunConfig]) -> None:
+    """Of 0.5, 0.7, 1, 1.4 and 2 req/s none is met in the first repeat, 0.7 in the second, all in the third."""
+    within, asked = (0.0, 0.7, 2.0), []
+
+    def repeat(level: Level, number: int) -> list[Sample]:
+        asked.append((number, level.rate_per_s))
+        late = (level.rate_per_s or 0) > within[number]
+        return [make_sample(sent_s=-9.0 if late and n < 2 else 1.0) for n in range(10)]  # 80 % of 90 % needed
+
+    tried: dict[float | None, int] = {}
+
+    def metrics(repeats: list[list[Sample]], level: Level) -> dict[str, Metric]:
+        tried[level.rate_per_s] = len(repeats)
+        return {}
+
+    load = SimpleNamespace(warm_up=lambda _level: None, repeat=repeat, metrics=metrics, say=lambda _line: None)
+    found, warnings = measure.find_capacity(load, load_config("workload=capacity").workload)
+    assert asked == [(0, 1.0), (0, 0.5), (1, 1.0), (1, 0.5), (1, 0.7), (2, 1.0), (2, 1.4), (2, 2.0)]
+    assert tried == {0.5: 2, 0.7: 1, 1.0: 3, 1.4: 1, 2.0: 1}
+    capacity = found["capacity_per_s"]
+    assert (capacity.n, capacity.mean, capacity.min, capacity.max) == (3, pytest.approx(0.9), 0.0, 2.0)
+    assert capacity.ci95 == pytest.approx((0.9 - 2.5212, 0.9 + 2.5212), abs=0.001)
+    assert [words in warning for words, warning in zip(("In 1 of 3 repeats not even the lowest rate, 0.5",
+                                                        "In 1 of 3 repeats the highest rate of the list, 2"),
+                                                       warnings, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("highest", range(6))

@@ -19,7 +19,7 @@ SMALL = SimpleNamespace(layers=1, q_heads=1, head_dim=0, hidden_size=5, vocab_si
 
 
 def load(load_config: Callable[..., RunConfig], sample: Sample, bytes_per_s: float, flops_per_s: float) -> Load:
-    config = load_config("workload=closed", "workload.requests=1", "workload.concurrency=[1]")
+    config = load_config("workload=closed", "workload.requests=2", "workload.concurrency=[1]")
     planner = Planner(config.workload, PromptSource(49152, 0), 64)
     server = SimpleNamespace(base_url="", check=lambda: None)
     floor = Floor(Peak(bytes_per_s, flops_per_s, "a test"), SMALL, 4, 0.0)

@@ -23,11 +23,23 @@ def test_late_requests_are_no_open_loop(make_sample: Callable[..., Sample]) -> N
         validity.require_on_schedule([*on_time, make_sample()], 20.0)
 
 
+def test_requests_sent_all_at_once_are_no_open_loop(make_sample: Callable[..., Sample]) -> None:
+    validity.require_on_schedule([make_sample(sent_s=0.991 + n, scheduled_s=1.0 + n) for n in range(4)], 20.0)
+    with pytest.raises(MeasurementInvalid, match=r"on_schedule: a request left 750\.0 ms before its schedule"):
+        validity.require_on_schedule([make_sample(sent_s=1.0, scheduled_s=1.0 + n / 4) for n in range(4)], 20.0)
+
+
 def test_cached_tokens_are_those_planned(make_sample: Callable[..., Sample]) -> None:
     require_valid([make_sample(cached_tokens=8, cached_tokens_planned=8)])
     for cached, planned in ((0, 8), (16, 8), (8, 0), (None, 8)):
         with pytest.raises(MeasurementInvalid, match=f"{cached} prompt tokens .* {planned} were planned"):
             require_valid([make_sample(cached_tokens=cached, cached_tokens_planned=planned)])
+
+
+def test_retractions_that_nobody_counted_are_not_none(make_sample: Callable[..., Sample]) -> None:
+    validity.require_retractions_reported([make_sample(retractions=0), make_sample(retractions=2)])
+    with pytest.raises(MeasurementInvalid, match="retractions_reported: of 1 of 2 requests"):
+        validity.require_retractions_reported([make_sample(), make_sample(retractions=None)])
 
 
 def test_prompts_may_share_only_what_is_planned(load_config: Callable[..., RunConfig]) -> None:
@@ -53,13 +65,13 @@ def test_missing_turns(make_sample: Callable[..., Sample], load_config: Callable
 def test_a_record_names_the_rules_of_its_loop(load_config: Callable[..., RunConfig], name: str, rule: str,
                                               not_rule: str) -> None:
     names = {sentence.partition(": ")[0] for sentence in validity.rules_held(load_config(f"workload={name}").workload)}
-    assert {"http_200", "cold_cache", "unique_prompts", "warm_up", "same_server", rule} <= names
+    assert {"http_200", "cold_cache", "unique_prompts", "warm_up", "same_server", "retractions_reported", rule} <= names
     assert not_rule not in names
 
 
 @pytest.mark.parametrize(("words", "part"), [
     (["workload=closed", "workload.repeats=2"], "workload.repeats=2 cannot be used"),
-    (["workload=closed", "workload.requests=3"], "never reach concurrency 4"),
+    (["workload=closed", "workload.requests=7"], "less than 2 for each of 4 workers"),
     (["workload=multiturn", "workload.conversations=1"], "never reach concurrency 2"),
     (["workload=open", "+workload.concurrency=[1]"], "no such option exists"),
     (["workload=closed", "workload.shared_tokens=64"], "only then"),

@@ -8,6 +8,7 @@ import pytest
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.load.plan import Conversation, Planner, prompt_lengths
 from kvtuner_sglang.measure.prompts import PromptSource
+from kvtuner_sglang.quant import KVShape
 
 VOCABULARY = 49152
 
@@ -18,6 +19,18 @@ def planner(load_config: Callable[..., RunConfig]) -> Callable[..., Planner]:
         return Planner(load_config(*overrides).workload, PromptSource(VOCABULARY, 0), page)
 
     return make
+
+
+@pytest.mark.parametrize(("quant", "room"), [("bf16", 2.79), ("kv8_token", 10.51), ("kv4_token", 19.85)])
+def test_the_capacity_experiment_fills_every_pool(load_config: Callable[..., RunConfig], quant: str,
+                                                  room: float) -> None:
+    """Requests of SmolLM2 on a CPU that each pool holds: fewer than are sent, or its extra room could not show."""
+    config = load_config("exp=capacity", f"quant={quant}")
+    workload = config.workload
+    bytes_per_token = KVShape(kv_heads=3, head_dim=64, itemsize=4, page_size=1).bytes_per_token(config.quant.plan(30))
+    requests = config.server.kv_gib * 2**30 / bytes_per_token / workload.longest
+    assert requests == pytest.approx(room, abs=0.02)
+    assert requests < workload.requests <= config.server.max_running_requests
 
 
 def lengths(turns: Conversation) -> list[int]:

@@ -3,7 +3,6 @@
 task=serve runs for real but for the server; see lying_cluster.py.
 """
 
-import asyncio
 import itertools
 import time
 from collections.abc import Callable
@@ -16,48 +15,18 @@ import pytest
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publishable
 from kvtuner_sglang.evidence.samples import read_samples
-from kvtuner_sglang.measure import physics
-from kvtuner_sglang.measure.prompts import PromptSource
 from kvtuner_sglang.serving import client
 from kvtuner_sglang.tasks import serve
+from lies import (
+    another_model,
+    another_plan,
+    plain_sglang,
+    quantization_off,
+    repeated_prompts,
+    sixteen_bit_pool,
+    slow_client,
+)
 from lying_cluster import committed, run_task
-
-
-def another_plan(info: dict[str, Any]) -> None:
-    for part in (info["kvtuner"], *info["kvtuner"]["ranks"]):
-        part["plan_hash"] = "0" * 12
-
-
-def another_model(info: dict[str, Any]) -> None:
-    info["model_path"] = "/models/another"
-
-
-def plain_sglang(info: dict[str, Any]) -> None:
-    del info["kvtuner"]
-
-
-def sixteen_bit_pool(info: dict[str, Any]) -> None:
-    info["kvtuner"]["ranks"][0]["pool_class"] = "MHATokenToKVPool"
-
-
-def quantization_off(info: dict[str, Any]) -> None:
-    info["kvtuner"]["enabled"] = False
-
-
-def repeated_prompts(patch: pytest.MonkeyPatch) -> None:
-    """As a generator does that starts anew from its seed."""
-    patch.setattr(PromptSource, "take", lambda self, count, tokens: [[300] + [301] * (tokens - 1)] * count)
-
-
-def slow_client(patch: pytest.MonkeyPatch) -> None:
-    honest = client.send  # what stands between an answer and the worker's next request
-
-    async def dawdle(session: Any, base_url: str, request: client.Request, *words: Any) -> client.Sample:
-        sample = await honest(session, base_url, request, *words)
-        await asyncio.sleep(0.6 if request.kind.startswith("throughput") else 0.0)
-        return sample
-
-    patch.setattr(client, "send", dawdle)
 
 
 def clock_backwards(patch: pytest.MonkeyPatch) -> None:
@@ -88,11 +57,6 @@ def wall_clock_backwards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(client, "time", Clock)
 
 
-def patient_ear(patch: pytest.MonkeyPatch) -> None:
-    """A busy machine blurs times that are the same: the bound itself is tried in test_physics.py."""
-    patch.setattr(physics, "SAME_TIME", 0.3)
-
-
 @dataclass(frozen=True)
 class Lie:
     """rule: that names it; status; server: lying_server's; info, patch: how /server_info or our own client differs;
@@ -106,13 +70,14 @@ class Lie:
     patch: Callable[[pytest.MonkeyPatch], None] | None = None
 
 
-ALL = 2 + 2 + (1 + 3) + (2 + 3)  # for the time to first token, then under load; warm-ups first
+ALL = 2 + 2 + (1 + 3) + (2 + 4)  # for the time to first token, then under load; warm-ups first
 TTFT = 2 + 2
 LIES = {
     "404 as JSON": Lie("http_200", 1, server="json_404"),
     "200 with empty text": Lie("text_not_empty", 1, server="empty_text"),
     "fewer tokens than asked": Lie("output_tokens_by_meta", 1, server="fewer_tokens"),
-    "constant-time answers": Lie("constant_time", ALL, server="constant_time", patch=patient_ear),
+    "constant-time answers": Lie("constant_time", ALL, server="constant_time"),
+    "constant-time answers: jittered": Lie("constant_time", ALL, server="jittered_time"),
     "cached prefix in a cold test": Lie("cold_cache", 3, server="cached_prefix"),
     "repeated prompts": Lie("unique_prompts", 0, patch=repeated_prompts),
     "faster than the floor": Lie("faster_than_floor", TTFT, server="at_once"),
@@ -162,6 +127,12 @@ def test_the_honest_run_counts(patch: Callable[[pytest.MonkeyPatch], None] | Non
     named = {rule.partition(":")[0] for rule in record.rules}
     assert {lie.rule for lie in LIES.values()} <= named
     assert publishable(committed(run_dir), "serve").status == "ok"
+
+
+def test_a_node_without_memory_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, record = run_task(serve, tmp_path, monkeypatch, servers=("out_of_memory",))
+    assert (record.status, record.metrics) == ("oom", {})
+    assert "(torch.OutOfMemoryError: CUDA out of memory.)" in (record.reason or "")
 
 
 def test_the_twelve_lies_have_twelve_reasons() -> None:

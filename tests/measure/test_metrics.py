@@ -79,18 +79,8 @@ def test_metrics_of_a_level(make_sample: Callable[..., Sample]) -> None:
     metrics = level_metrics(samples, 2)
     assert metrics["requests_per_s/concurrency=2"].mean == pytest.approx(2.0)
     assert metrics["output_tokens_per_s/concurrency=2"].mean == pytest.approx(6.0)
-    assert metrics["success_ratio/concurrency=2"].mean == 1.0
     assert metrics["latency_ms/concurrency=2"].mean == pytest.approx(np.mean([600, 800, 800, 1000]))
     assert metrics["tpot_ms/concurrency=2"].p50 == pytest.approx(150.0)
-
-
-def test_failed_requests_are_no_throughput(make_sample: Callable[..., Sample]) -> None:
-    samples = [make_sample(), make_sample(http_status=404), make_sample(output_tokens=1), make_sample(text="")]
-    metrics = level_metrics(samples, 4)
-    assert metrics["success_ratio/concurrency=4"].mean == 0.25
-    assert metrics["output_tokens_per_s/concurrency=4"].mean == pytest.approx(3 / 0.6)
-    assert metrics["latency_ms/concurrency=4"].n == 1
-    assert metrics["requests_per_s/concurrency=4"].mean == pytest.approx(1 / 0.6)
 
 
 def test_one_output_token_has_no_tpot(make_sample: Callable[..., Sample]) -> None:

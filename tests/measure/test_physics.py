@@ -79,23 +79,27 @@ def test_a_median_step_below_reading_the_weights() -> None:
         physics.require_tpot_above_floor({"tpot_ms/concurrency=1": summarize([0.0, 5.5, 7.0], "ms")}, FLOOR)
 
 
-@pytest.mark.parametrize(("times_ms", "refused"), [
-    ({(10, 2): 100, (1000, 2): 101, (32, 8): 102}, True),
-    ({(10, 2): 100, (1000, 2): 100, (32, 8): 104.9}, True),
-    ({(10, 2): 100, (1000, 2): 100, (32, 8): 105.1}, False),
-    ({(10, 2): 5.0, (1000, 2): 5.0, (32, 8): 6.2}, False),  # a fast GPU: flat in the prompt, 0.2 ms a step
-    ({(10, 2): 100, (1000, 2): 100}, False),  # nothing to tell by
-    ({(10, 2): 100, (1000, 2): 100, (32, 3): 100}, False),
-    ({}, False),
+@pytest.mark.parametrize(("alone_ms", "loaded_ms", "loaded", "refused"), [
+    ((50, 54, 46), (54, 46, 50), (10, 8), True),  # 50 ms whatever is asked, give or take 4
+    ((50, 50, 50), (85.9, 99, 86), (10, 8), True),  # six steps of 6 ms are 36
+    ((50, 50, 50), (86.1, 99, 87), (10, 8), False),
+    ((99, 50, 300), (86.1, 400, 99), (10, 8), False),  # what other work added to some is in neither
+    ((50, 50, 50), (50, 50, 50), (10, 3), False),  # hardly more tokens
+    ((50, 50, 50), (50, 50, 50), (9, 8), False),  # shorter prompts
+    ((), (50,), (10, 8), False),
+    ((50,), (), (10, 8), False),
 ])
-def test_the_same_time_for_any_work(make_sample: Callable[..., Sample], times_ms: dict[tuple[int, int], float],
-                                    refused: bool) -> None:
-    taken = [sample(make_sample, ms * slower, *work) for work, ms in times_ms.items() for slower in (1.5, 1.0, 3.0)]
+def test_the_same_time_for_any_work(make_sample: Callable[..., Sample], alone_ms: tuple[float, ...],
+                                    loaded_ms: tuple[float, ...], loaded: tuple[int, int], refused: bool) -> None:
+    """Prompts of 10 and answers of 2 tokens alone, then `loaded` tokens."""
+    alone = [sample(make_sample, ms, 10, 2) for ms in alone_ms] + [sample(make_sample, 10.0, 11, 2)]
+    under_load = [sample(make_sample, ms, *loaded) for ms in loaded_ms]
+    physics.require_work_takes_time(alone, under_load, Floor(None, SMALL, 4, 0.0))
     if refused:
-        with pytest.raises(MeasurementInvalid, match="constant_time: answers of 2 to 8 tokens all took 100"):
-            physics.require_work_takes_time(taken)
+        with pytest.raises(MeasurementInvalid, match=r"constant_time: .* 6 more take this machine 36\.0 ms at least"):
+            physics.require_work_takes_time(alone, under_load, FLOOR)
     else:
-        physics.require_work_takes_time(taken)
+        physics.require_work_takes_time(alone, under_load, FLOOR)
 
 
 def test_all_ranks_compute_and_one_stage_reads(monkeypatch: pytest.MonkeyPatch) -> None:

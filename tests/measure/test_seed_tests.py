@@ -22,7 +22,7 @@ from kvtuner_sglang.serving.abort import Abort
 from kvtuner_sglang.serving.client import Sample, server_info
 
 CONF = Path(__file__).parents[2] / "conf"
-OVERRIDES = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.requests=3",
+OVERRIDES = ["workload.ttft.prompt_tokens=[10,50]", "workload.ttft.repeats=2", "workload.throughput.requests=6",
              "workload.throughput.concurrency=[1,3]", "workload.throughput.output_tokens=4",
              "server.request_timeout_s=5"]
 TOKEN_S = 0.05  # as slow as a real server, or the client's share of the time would be refused first
@@ -136,6 +136,13 @@ def test_a_warm_prefix_cache_is_refused(serve: Callable[[Lie], Target], config: 
     assert [s.kind for s in samples] == ["ttft_warmup", "ttft_warmup", "ttft", "ttft"]
 
 
+def test_a_failed_request_under_load_is_no_throughput(serve: Callable[[Lie], Target], config: RunConfig) -> None:
+    samples: list[Sample] = []
+    with pytest.raises(MeasurementInvalid, match=r"throughput_c1 request .*; 3 of 6 requests failed"):
+        run(serve(Lie(cached_after=10)), config, samples)
+    assert len(samples) == 6 + 1 + 6
+
+
 def test_a_server_that_was_replaced_is_refused(serve: Callable[[Lie], Target], config: RunConfig) -> None:
     """Everything else about this one is right, so all requests are sent: each unique, each of its length."""
     samples: list[Sample] = []
@@ -157,7 +164,7 @@ def test_too_few_requests_send_nothing(serve: Callable[[Lie], Target], config: R
     samples: list[Sample] = []
     lie = Lie()
     few = {**config.to_dict(), "workload": {**config.to_dict()["workload"]}}
-    few["workload"]["throughput"] = {**few["workload"]["throughput"], "requests": 2}
+    few["workload"]["throughput"] = {**few["workload"]["throughput"], "requests": 5, "rounds": 1}
     with pytest.raises(MeasurementInvalid, match="enough_requests"):
         run(serve(lie), parse(few), samples)
     assert (samples, lie.requests) == ([], 0)

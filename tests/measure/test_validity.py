@@ -55,10 +55,10 @@ def test_warm_up_of_another_length_or_failed(make_sample: Callable[..., Sample])
         validity.require_warm_up([make_sample(http_status=503)], 10)
 
 
-def test_fewer_requests_than_workers() -> None:
-    validity.require_enough_requests(8, [1, 8])
+def test_a_single_burst_is_no_closed_loop() -> None:
+    validity.require_enough_requests(16, [1, 8])
     with pytest.raises(MeasurementInvalid, match="enough_requests"):
-        validity.require_enough_requests(7, [1, 8])
+        validity.require_enough_requests(15, [1, 8])
 
 
 def test_a_client_that_idles() -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import write_sums
-from kvtuner_sglang.paper.check import problems
+from kvtuner_sglang.paper.check import claim_problems, folder_problems, problems
 from kvtuner_sglang.paper.claims import Number, load_claims, written
 from kvtuner_sglang.paper.published_folders import FOLDERS, published_folders
 from kvtuner_sglang.tasks import claims as task
@@ -40,14 +40,13 @@ def test_every_claim_holds_from_the_command_line():
     assert f"all {len(claims)} claims hold" in done.stdout
 
 
-def test_every_folder_has_its_tables_maker_and_every_command_is_in_the_sweep():
+def test_every_folder_has_its_tables_maker_and_every_command_is_of_this_project():
     assert {folder.name for folder in published_folders(ROOT)} <= FOLDERS.keys()
     claims = load_claims(ROOT)
-    for claim in claims.claims:
-        assert claim.command in claims.tiers["sweep"].commands
-        assert claim.tier == "sweep" or claim.command in claims.tiers[claim.tier].commands
-    for tier in claims.tiers.values():
-        for command in tier.commands:
+    assert {word for claim in claims.claims for word in claim.commands} == set(claims.commands("sweep"))
+    for tier in claims.tiers:
+        assert claims.commands(tier)
+        for command in claims.commands(tier):
             words = shlex.split(command)
             assert words[:2] == ["python", "run.py"] or (words[:2] == ["python", "-m"] and find_spec(words[2]))
 
@@ -111,7 +110,7 @@ def test_files_that_are_not_listed_or_gone_are_named(project):
     ("{model: smollm2_135m, quant: kv4, engine: sglang}", "{model: smollm2_135m, engine: sglang}", "has 3 rows with"),
     ("column: kl_se", "column: engine", "no number in column engine"),
     ("csv: quality/summary.csv", "csv: quality/other.csv", "cannot be read"),
-    ("-standard-cb8461f356]", "-standard-0000000000]", "is not published"),
+    ("-standard-6979169161/record", "-standard-0000000000/record", "has no number at kv capacity_ratio"),
     ("exp=quality quant=kv8,kv4,kv4_token model=smollm2_135m", "exp=quality quant=kv8 model=smollm2_135m", "holds"),
     ("[kv, capacity_ratio]", "[kv, nothing]", "has no number at kv nothing"),
 ])
@@ -119,7 +118,7 @@ def test_a_claim_that_drifts_from_what_is_published(project, old, new, part):
     replaced = (project / "paper" / "claims.yaml").read_text().replace(old, new)
     (project / "paper" / "claims.yaml").write_text(replaced)
     if part == "holds":
-        part = "its command repeats no run configured as quality/quality-smollm2_135m-kv4-single"
+        part = "its commands repeat no run configured as quality/quality-smollm2_135m-kv4-single"
     assert any(part in sentence for sentence in wrong(project))
 
 
@@ -128,8 +127,42 @@ def test_an_exp_file_that_drifts_from_the_records(project):
     shutil.copytree(ROOT / "conf", project / "conf")
     replace(project / "conf" / "exp" / "quality.yaml", "override /quality: standard", "override /quality: small")
     found = wrong(project)
-    runs = {run for claim in load_claims(project).claims for run in claim.runs if run.startswith("quality/")}
-    assert {sentence.split("configured as ")[1].split(" was")[0] for sentence in found} == runs
+    runs = {run for claim in load_claims(project).claims for run in claim.sources(project) if "/quality-" in run}
+    assert {part.split(" was")[0] for sentence in found if (part := sentence.partition("configured as ")[2])} == runs
+    assert {run for run in runs if f"{run} is published, but no claim's command repeats it: add one in "
+            "paper/claims.yaml." in found} == runs
+
+
+@pytest.mark.parametrize(("claim", "kept", "unrepeated"), [
+    ("engine-decode", 0, "speed-qwen2_5_7b_dummy-fp8-single"),
+    ("engine-first-token", 1, "speed-qwen2_5_7b_dummy-bf16-single-auto"),
+    ("engine-other-formats", 1, "speed-qwen2_5_7b_dummy-bf16-single-auto"),
+    ("stress-kv8", 1, "quality-smollm2_135m-kv8-single"),
+])
+def test_every_row_that_a_number_is_read_from_is_repeated(claim, kept, unrepeated):
+    """Also the row that it is divided by."""
+    claim = next(one for one in load_claims(ROOT).claims if one.id == claim)
+    assert list(claim_problems(claim, ROOT)) == []
+    short = claim.model_copy(update={"commands": claim.commands[kept:kept + 1]})
+    assert any(f"repeat no run configured as {claim.folder}/{unrepeated}" in found
+               for found in claim_problems(short, ROOT))
+
+
+def test_a_command_that_repeats_nothing_of_a_claim_is_named():
+    claim = load_claims(ROOT).claims[0]
+    more = claim.model_copy(update={"commands": (*claim.commands, "python run.py task=kernels kernels.repeats=5")})
+    assert list(claim_problems(more, ROOT)) == [
+        "claim kv4-smollm2: nothing that it rests on is repeated by python run.py task=kernels kernels.repeats=5."]
+    other = claim.model_copy(update={"commands": ("make run",)})
+    assert any("make run is no command of run.py" in found for found in claim_problems(other, ROOT))
+
+
+@pytest.mark.parametrize("text", ["one_word\n", "\xff\xfe\n"])
+def test_a_list_of_checksums_that_is_none_is_one_sentence(project, text):
+    path = project / QUALITY / "SHA256SUMS"
+    path.write_text(text, encoding="latin-1")
+    assert list(folder_problems(path.parent)) == [
+        f"{path} has a line that is no checksum with a file's name: publish it again."]
 
 
 def test_a_published_folder_needs_a_claim(project):

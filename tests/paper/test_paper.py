@@ -8,10 +8,13 @@ import typst
 import yaml
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.paper.artifact import ARTIFACT_FILE, artifact_text
 from kvtuner_sglang.paper.claims import CLAIMS_FILE, load_claims
-from kvtuner_sglang.paper.readme import END, START, results_text, write_results
-from kvtuner_sglang.paper.typeset import SOURCE, paper_data, typeset
+from kvtuner_sglang.paper.published_folders import PUBLISHED
+from kvtuner_sglang.paper.readme import END, START, quality_table, results_text, write_results
+from kvtuner_sglang.paper.repeat import published_runs
+from kvtuner_sglang.paper.typeset import SOURCE, paper_data, rules_by_task, typeset
 from paper_project import QUALITY, ROOT, replace
 
 # Digits that are part of a name or a definition; a result is never one of these words
@@ -99,6 +102,38 @@ def test_artifact_md_is_current():
 def test_the_readmes_results_are_current():
     text = (ROOT / "README.md").read_text()
     assert text.split(START)[1].split(END)[0] == f"\n{results_text(load_claims(ROOT), ROOT)}\n"
+
+
+@pytest.mark.parametrize(("old", "new", "part"), [
+    ("qwen2.5-coder-0.5b,kv4,", "qwen2.5-coder-0.5b,kv5,", "KeyError"),
+    ("top1_agreement", "top_agreement", "KeyError"),
+    ("0.00631298", "none", "ValueError"),
+    (",float32,", ",bfloat16,", "full precision is bfloat16, float32, not one of"),
+])
+def test_a_quality_table_that_does_not_suffice_is_one_sentence(project, old, new, part):
+    replace(project / QUALITY / "summary.csv", old, new)
+    with pytest.raises(UserError, match=f"cannot be put into README.md .*{part}") as caught:
+        quality_table(project)
+    assert "\n" not in str(caught.value)
+
+
+def test_full_precision_is_what_the_records_say(project):
+    assert "| full precision | 32 " in quality_table(project)
+    table = project / QUALITY / "summary.csv"
+    table.write_text(table.read_text().replace(",float32,", ",bfloat16,"))
+    assert "| full precision | 16 " in quality_table(project)
+
+
+def test_the_papers_rules_are_those_that_every_run_of_a_task_held(project):
+    path = next(project.glob("runs/published/ablation/*-kv4-single-*/record.json"))
+    record = json.loads(path.read_text())
+    whole = rules_by_task(project)
+    assert set(whole) == {load_record(project / PUBLISHED / run).config["task"] for run in published_runs(project)}
+    assert "The server answered, and answered 200." in whole["serve"]
+    assert all("200" not in rule for rule in whole["quality"])
+    record["rules"] = [rule for rule in record["rules"] if not rule.startswith("http_200")]
+    path.write_text(json.dumps(record))
+    assert rules_by_task(project)["serve"] == [rule for rule in whole["serve"] if "200." not in rule]
 
 
 def test_results_are_put_between_their_marks(project):

@@ -186,6 +186,16 @@ def test_the_older_json_form_takes_all_but_bits_from_the_flags(older_form):
     assert [fmt.key.boosted for fmt in per_channel.plan(5)] == [False, True, False, False, True]
 
 
+def test_the_pages_of_a_plan_are_the_servers(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("model: {architecture: A, layers: 1, kv_heads: 1, head_dim: 64}\npage_size: 128\n"
+                    "layers: {0: {nbits_key: 4, nbits_value: 2}}\n")
+    options = planned(kvtuner_layer_config_file=str(path))
+    assert options.page_tokens(None) == options.page_tokens(128) == 128
+    with pytest.raises(ConfigError, match=r"plan.yaml: the plan is for pages of 128 tokens .* pages of 64: leave"):
+        options.page_tokens(64)
+
+
 def test_a_plan_travels_with_the_options_and_is_read_once(older_form):
     options = pickle.loads(pickle.dumps(planned(kvtuner_layer_config_file=older_form)))
     Path(older_form).unlink()

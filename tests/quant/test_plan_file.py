@@ -96,6 +96,18 @@ def test_a_plan_of_another_model_is_refused(change):
     assert plan.formats(MODEL, 5)
 
 
+def test_a_plan_keeps_its_pages_and_its_name(tmp_path):
+    plan = plan_file([LayerFormat(4, 4)] * 5, MODEL, Provenance("a test"), page_size=128, name="mine_4bit")
+    write_plan(tmp_path / "plan.yaml", plan)
+    assert load_plan(tmp_path / "plan.yaml") == plan
+    assert plan.page_tokens(None) == plan.page_tokens(128) == 128
+    with pytest.raises(ConfigError, match="the plan is for pages of 128 tokens"):
+        plan.page_tokens(64)
+    with pytest.raises(ConfigError, match="per channel"):
+        write_plan(tmp_path / "other.yaml", plan_file([LayerFormat(4, 4)] * 5, MODEL, Provenance("a test"),
+                                                      page_size=1))
+
+
 def test_a_plan_does_not_ask_for_weights_that_nobody_can_name():
     plan = plan_file([LayerFormat(4, 4)] * 5, MODEL, Provenance("a test"))
     assert plan.formats(ModelIdentity("LlamaForCausalLM", 5, 3, 64), 5)

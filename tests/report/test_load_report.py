@@ -60,15 +60,25 @@ def test_formats_are_compared_under_the_same_load_alone(make_run: MakeRun) -> No
     this = make_run("quant=kv4_token", "workload=capacity")
     other = make_run("quant=bf16", "workload=capacity")
     report = render(this, [other])
-    assert "**0.5 req/s** is the highest" in report
+    assert "is **0.5667 (0.2798 to 0.8535) req/s**, the mean of 3 repeats" in report
     rows = table(report.partition("## Other formats")[2], "Configuration")
     assert [row[0] for row in rows[1:]] == ["kv4_token (this run)", "bf16"]
     kv4, bf16 = (dict(zip(rows[0], row, strict=True)) for row in rows[1:])
     assert int(kv4["KV tokens"]) > int(bf16["KV tokens"])
-    assert kv4["Highest rate within the SLO (req/s)"] == "0.5"
+    assert kv4["Highest rate within the SLO (req/s)"] == "0.5667 (0.2798 to 0.8535)"
+    assert (kv4["Load"], kv4["Status"]) == ("rate_per_s=0.5", "ok")  # not 2.0, the highest that was tried
+    assert "different commits" not in report
+
+
+def test_a_format_that_failed_is_shown_with_its_reason(make_run: MakeRun) -> None:
+    this = make_run("quant=kv4_token", "workload=capacity")
+    report = render(this, [make_run("quant=bf16", "workload=capacity", status="invalid", sha="b" * 40)])
+    rows = table(report.partition("## Other formats")[2], "Configuration")
+    assert rows[2][:3] == ["bf16", "invalid: rank 3 on node 1 died", ""]
+    assert f"These runs are from different commits or had uncommitted changes (+): {'a' * 10}, {'b' * 10}." in report
 
 
 def test_the_console_shows_every_load(make_run: MakeRun) -> None:
     lines = print_summary(make_run("quant=kv4_token", "workload=capacity")).splitlines()
     assert sum("TTFT p50    100.0 ms" in line for line in lines) == 5
-    assert "  capacity    0.5 req/s within the SLO" in lines
+    assert "  capacity    0.567 req/s within the SLO, mean of 3 repeats" in lines

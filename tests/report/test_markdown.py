@@ -70,7 +70,8 @@ def test_throughput_table_and_analysis(report: str) -> None:
     assert [row[0] for row in rows(text)] == ["1", "2", "4", "8"]
     assert rows(text)[2] == ["4", "3.06", "49.0", "1224.0", "1200.0", "1440.0", "70.0", "100%", "16"]
     assert "at concurrency 8" in text
-    assert "64 of 64 requests succeeded" in text
+    assert "All 64 requests succeeded" in text
+    assert "The success rate is no measurement" in text
 
 
 def test_memory_says_what_counts(report: str, record: RunRecord) -> None:

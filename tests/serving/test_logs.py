@@ -45,6 +45,23 @@ def test_the_last_error(log: Path, text: str, error: str | None) -> None:
     assert logs.last_error(log) == error
 
 
+@pytest.mark.parametrize(("text", "line"), [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\nRuntimeError: peer is gone\n",
+     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."),
+    ("[2026-11-22 23:47:15 TP0] RuntimeError: [enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
+     "allocate memory: you tried to allocate 9 bytes.\n",
+     "RuntimeError: [enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+     "tried to allocate 9 bytes."),
+    ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.\n",
+     "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."),
+    ("[2026-11-22 23:47:15] KV cache pool is full. Retract requests.\n" + TRACEBACK, None),
+    ("a remark on running out of memory\nValueError: bad\n", None),
+])
+def test_a_lack_of_memory_is_told_from_its_effects(log: Path, text: str, line: str | None) -> None:
+    log.write_text(text)
+    assert logs.out_of_memory(log) == line
+
+
 def test_the_last_step_is_told_from_other_lines(log: Path) -> None:
     log.write_text(TRACEBACK + "[2026-11-22 23:47:16 PP0 TP0] Load weight end. elapsed=2.18 s\n"
                    "[2026-11-22 23:47:17] Ignore import error x\n[2026-11-22 23:47:17] server_args=Server\n")

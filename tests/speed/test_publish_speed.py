@@ -13,7 +13,7 @@ from kvtuner_sglang.speed.publish import publish, tables
 from kvtuner_sglang.speed.tidy import backend_of
 
 COLUMNS = ["gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
-           "ttft_ms", "tpot_ms", "commit"]
+           "ttft_ms", "tpot_ms", "commit", "run"]
 
 
 @pytest.fixture
@@ -64,6 +64,15 @@ def test_the_figure_comes_from_the_table_alone_and_repeats_to_the_byte(folder, t
     assert drawn() == first
     path.write_text(path.read_text().replace(",100,", ",300,"))
     assert drawn()["test_gpu_80gb_decode.png"] != first["test_gpu_80gb_decode.png"]
+
+
+def test_every_format_and_backend_has_a_bar_of_its_own(folder):
+    [figure] = figures(folder).values()
+    for ax in figure.axes:
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert [label.split("\n")[:2] for label in labels] == [
+            ["bf16", "FlashInfer"], ["bf16", "Triton"], ["fp8", "FlashInfer"], ["kv4"]] or "requests" in labels[-1]
+        assert len(ax.patches) == len(labels) == len(set(labels))
 
 
 def test_a_run_of_the_same_name_is_replaced_and_a_second_of_the_same_cells_refused(folder, run_dir, tmp_path):

@@ -1,12 +1,14 @@
 """What a plan is compared with has no more bits than it, and is what its name says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvtuner_sglang import command_line
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.quant.plan_file import ModelIdentity
+from kvtuner_sglang.quant import kv_format
+from kvtuner_sglang.quant.plan_file import LayerFormat, ModelIdentity, load_plan
 from kvtuner_sglang.tuner import baselines
 from kvtuner_sglang.tuner.baselines import FORMATS, first_last
 from kvtuner_sglang.tuner.menu import Menu, layer_format, pair_name
@@ -73,6 +75,20 @@ def test_random_plans_have_just_the_bits_and_only_surviving_pairs(bits):
 def test_random_plans_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="effective bits"):
         baselines.random_baselines(MENU, [(0,)] * LAYERS, 4.0, 1, seed=0)
+
+
+def test_a_preset_that_is_broken_is_not_passed_over(monkeypatch):
+    broken = replace(load_plan("preset:qwen2_5_7b_kivi_3_18"), layers={"0": LayerFormat(4, 4)}, default=None)
+    monkeypatch.setattr(baselines, "load_plan", lambda path: broken)
+    with pytest.raises(ConfigError, match="says nothing of layer 1"):
+        baselines.published_baselines(MENU, ModelIdentity("Qwen2ForCausalLM", 28, 4, 128))
+
+
+def test_names_of_pairs_differ_where_their_groups_do():
+    """They are keys of the cache of scores."""
+    formats = [kv_format(bits_key=4, bits_value=4, axis_key=0, axis_value=0, group_size=size, asym=True, key_boost=None)
+               for size in (None, 32, 64)]
+    assert len(set(map(pair_name, formats))) == 3
 
 
 def test_published_plans_are_for_models_of_their_shape_alone():

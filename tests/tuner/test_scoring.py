@@ -6,6 +6,7 @@ import torch
 from kvtuner_sglang.quality import recipe
 from kvtuner_sglang.quality import transformers_path as path
 from kvtuner_sglang.quality.compare import compare_logits
+from kvtuner_sglang.tuner.held_out import HeldOutText
 from kvtuner_sglang.tuner.menu import Menu
 from kvtuner_sglang.tuner.scoring import Scorer, recipes_of
 from kvtuner_sglang.tuner.sensitivity import alone, combined
@@ -17,7 +18,7 @@ NAMES = [f"K{k} V{v}" for k in MENU.key_words for v in MENU.value_words]
 
 @pytest.fixture(scope="module")
 def windows(tokens):
-    return [tokens[:140], tokens[60:200]]
+    return [tokens[:200], tokens[30:230]]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,10 @@ def scorer(tiny_model, windows):
 
 
 def whole_path(model, windows, plan):
-    """Mean KL behind the first page, from the logits of whole prefills."""
+    """Mean KL behind the first page of the largest size, from the logits of whole prefills."""
     with path.quantized(recipes_of(plan, PAGE)):
         quantized = [path.logits(model, window) for window in windows]
-    rows = [compare_logits(path.logits(model, w), q, w).kl[PAGE:] for w, q in zip(windows, quantized, strict=True)]
+    rows = [compare_logits(path.logits(model, w), q, w).kl[128:] for w, q in zip(windows, quantized, strict=True)]
     return sum(r.sum() for r in rows) / sum(map(len, rows))
 
 
@@ -37,6 +38,15 @@ def whole_path(model, windows, plan):
 def test_a_plan_scores_what_the_whole_path_says(scorer, tiny_model, windows, words):
     plan = [MENU.pairs[NAMES.index(word)] for word in words]
     assert scorer.kl(plan) == pytest.approx(whole_path(tiny_model, windows, plan), rel=1e-3)
+
+
+@pytest.mark.parametrize("page", [64, 128])
+def test_held_out_text_counts_the_positions_that_the_search_does(tiny_model, windows, page):
+    """On the same windows both say the same, and count as many positions for every page."""
+    scorer, plan = Scorer(tiny_model, windows, page), [MENU.pairs[NAMES.index("K2 V2s")]] * 3
+    held_out = HeldOutText(tiny_model, windows).score(plan, page)
+    assert held_out.kl == pytest.approx(scorer.kl(plan), rel=1e-3)
+    assert held_out.n_tokens == scorer.positions == 2 * (200 - 128)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

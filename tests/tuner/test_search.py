@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
+import optuna
 import pytest
 
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.tuner.clustering import Cluster
 from kvtuner_sglang.tuner.menu import Menu
-from kvtuner_sglang.tuner.search import Space, front, search
+from kvtuner_sglang.tuner.search import Space, by_layer, front, search
 from kvtuner_sglang.tuner.sensitivity import Sensitivity, summed
 
 LAYERS = 5
@@ -20,16 +21,20 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def made_up_space(budget: float, clusters=None) -> Space:
+def made_up_space(budget: float, clusters=None, layers=LAYERS) -> Space:
     rng = np.random.default_rng(3)
     bits = np.array([MENU.bits([pair]) for pair in MENU.pairs])
-    kl = rng.lognormal(-4, 1.5, (LAYERS, 1)) * 2.0 ** (-1.5 * bits)
-    return Space(MENU, clusters or [Cluster((i,), ALL_PAIRS) for i in range(LAYERS)], Sensitivity(kl, kl), budget)
+    kl = rng.lognormal(-4, 1.5, (layers, 1)) * 2.0 ** (-1.5 * bits)
+    return Space(MENU, clusters or [Cluster((i,), ALL_PAIRS) for i in range(layers)], Sensitivity(kl, kl), budget)
 
 
 def run(space, tmp_path, candidates=14, kl_of=None, seed=0):
     kl_of = kl_of or (lambda plan: summed(space.sensitivity, MENU, plan))
-    return search(space, kl_of, tmp_path / "study.db", population=4, candidates=candidates, seed=seed,
+    return search_all(space, kl_of, tmp_path, candidates, seed).candidates
+
+
+def search_all(space, kl_of, tmp_path, candidates, seed=0, population=4):
+    return search(space, kl_of, tmp_path / "study.db", population=population, candidates=candidates, seed=seed,
                   say=lambda line: None)
 
 
@@ -56,6 +61,48 @@ def test_nsga2_gets_past_the_seeds_where_layers_interact(tmp_path):
     found = run(space, tmp_path, candidates=30, kl_of=kl_of)
     assert min(c.kl for c in found if c.origin == "additive") > 1.0
     assert min(found, key=lambda c: c.kl).origin == "nsga2"
+
+
+def test_nsga2_breeds_plans_from_earlier_ones(tmp_path):
+    """In a space too wide to hit by chance: a child takes each choice from one of two parents, but for mutations."""
+    layers, population = 12, 8
+    space = made_up_space(4.0, layers=layers)
+    search_all(space, lambda plan: summed(space.sensitivity, MENU, plan), tmp_path, 24, population=population)
+    trials = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}").get_trials()
+    generation = [trial.system_attrs.get("NSGAIISampler:generation") for trial in trials]
+    assert None not in generation
+    first = [tuple(trial.params.values()) for trial, number in zip(trials, generation, strict=True) if number == 0]
+    bred = [tuple(trial.params.values()) for trial, number in zip(trials, generation, strict=True) if number == 1]
+    assert len(first) == len(bred) == population
+
+    def inherited(child):
+        return max(sum(gene in pair for gene, *pair in zip(child, *parents, strict=True))
+                   for parents in itertools.combinations(first, 2))
+
+    assert np.mean([inherited(child) for child in bred]) >= 0.8 * layers
+
+
+def test_a_search_says_how_many_trials_gave_no_plan(tmp_path):
+    """There are 4 plans of two layers with two pairs, of which one exceeds the budget: 40 trials find no more."""
+    two = (ALL_PAIRS[0], ALL_PAIRS[-1])
+    space = made_up_space(4.5, [Cluster((i,), two) for i in range(2)], layers=2)
+    kl_of = lambda plan: summed(space.sensitivity, MENU, plan)  # noqa: E731
+    for _ in range(2):  # again from the finished study
+        found = search_all(space, kl_of, tmp_path, 8)
+        assert len(found.candidates) == 3
+        assert found.trials == 40
+        assert min(found.infeasible, found.repeated) > 0
+    enough = search_all(space, kl_of, tmp_path, len(found.candidates))
+    assert enough.candidates == found.candidates
+
+
+def test_the_additive_plan_without_clusters_is_at_least_as_good_where_layers_add_up(tmp_path):
+    clusters = [Cluster((0, 1, 2), ALL_PAIRS), Cluster((3, 4), ALL_PAIRS)]
+    space = made_up_space(4.0, clusters)
+    kl_of = lambda plan: summed(space.sensitivity, MENU, plan)  # noqa: E731
+    alone = by_layer(space, [ALL_PAIRS] * LAYERS, kl_of)
+    assert alone.effective_bits <= 4.0 + 1e-6
+    assert alone.kl < min(c.kl for c in run(space, tmp_path, kl_of=kl_of))
 
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token", "prompt_tokens",
-           "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit")
+           "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit", "run")
 CELL = ["machine", "model", "dist", "quant", "prompt_tokens", "concurrency"]
 ALIKE = ("workload", "server", "seed")
 FLOAT_FORMAT = "%.6g"
@@ -35,6 +35,7 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
         "effective_bits": record.kv.effective_bits,
         "kv_bytes_per_token": sum(rank.bytes_per_token_allocated for rank in record.kv.ranks),
         "load_average": load[0] if load else None, "commit": (record.environment.git_sha or "unknown")[:12],
+        "run": record.name,
     }
     ttft = [{**shared, "prompt_tokens": n, "concurrency": 1,
              "ttft_p50_ms": record.metric("ttft_ms", prompt_tokens=n).p50}

@@ -1,5 +1,6 @@
 """What every published folder has: whole runs of known commits, names made of the GPU's, checksums of all files."""
 
+import itertools
 import re
 import shutil
 import sys
@@ -41,13 +42,13 @@ def publishable(run_dir: Path, task: str) -> RunRecord:
     return record
 
 
-def copy_run(run_dir: Path, target: Path) -> None:
-    """Record and samples of a run in place of what `target` held; nothing to do if it is the run itself."""
+def copy_run(run_dir: Path, target: Path, files: Sequence[str] = ()) -> None:
+    """Record, samples and `files` of a run in place of what `target` held; nothing to do if it is the run itself."""
     if target.resolve() == run_dir.resolve():
         return
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for file in (RECORD_FILE, SAMPLES_FILE):
+    for file in (RECORD_FILE, SAMPLES_FILE, *files):
         shutil.copyfile(run_dir / file, target / file)
 
 
@@ -58,16 +59,20 @@ def published_runs(folder: Path, task: str) -> list[RunRecord]:
 
 
 def publish_runs(run_dirs: Sequence[Path], folder: Path, task: str,
-                 tables_of: Callable[[Sequence[RunRecord]], dict[str, str]]) -> list[Path]:
+                 tables_of: Callable[[Sequence[RunRecord]], dict[str, str]], files: Sequence[str] = ()) -> list[Path]:
     """Copy runs, and make all tables, file name -> text, anew from old and new ones; returns what was written.
 
-    Raises UserError, before it writes, if a run cannot be published.
+    files: what is copied of a run besides its record and samples.  Raises UserError, before it writes, if a run cannot
+    be published.
     """
     found = {run_dir.name: publishable(run_dir, task) for run_dir in run_dirs}
+    for run_dir, file in itertools.product(run_dirs, files):
+        if not (run_dir / file).is_file():
+            raise UserError(f"{run_dir} has no {file}: repeat the run with force=true.")
     kept = [record for record in published_runs(folder, task) if record.name not in found]
     texts = tables_of(sorted([*kept, *found.values()], key=lambda record: record.name))
     for run_dir in run_dirs:
-        copy_run(run_dir, folder / run_dir.name)
+        copy_run(run_dir, folder / run_dir.name, files)
     for name, text in texts.items():
         (folder / name).write_text(text)
     return [*(folder / name for name in texts), write_sums(folder)]

@@ -123,6 +123,12 @@ class KVRecord(Explained):
     sglang_version: str
     ranks: tuple[RankRecord, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _ratio_is_of_its_tokens(self) -> Self:
+        if self.full_precision_tokens and self.capacity_ratio != self.tokens / self.full_precision_tokens:
+            raise ValueError(f"capacity_ratio is {self.capacity_ratio}, not tokens / full_precision_tokens")
+        return self
+
 
 class DeviceMemory(Explained):
     """Used and total MiB: of a GPU by nvidia-smi, or, on CPU, a rank's resident memory and the host's RAM."""

@@ -17,14 +17,16 @@ from omegaconf import DictConfig
 
 from kvtuner_sglang.display_width import display_width, ljust
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.load_level import summary_level
 from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import RunRecord, load_record, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("job", "quant", "dist", "status", "KV tokens", "effective bits", "bytes/token", "TTFT p50 (ms)",
-           "output tok/s", "reason")
+COLUMNS = ("job", "quant", "dist", "status", "KV tokens", "effective bits", "bytes/token", "load", "TTFT p50 (ms)",
+           "output tok/s", "retractions", "capacity (req/s)", "reason")
+WHERE_ANY = ("load", "TTFT p50 (ms)", "output tok/s", "retractions", "capacity (req/s)")  # of some workloads alone
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,45 @@ def job_of(outcome: Outcome, name: str) -> SweepJob:
 
 
 def table(jobs: Iterable[SweepJob]) -> "pd.DataFrame":
-    """One row per job in COLUMNS; what a job does not have is None. bytes/token sums over all ranks."""
+    """One row per job; what a job does not have is None, a column of WHERE_ANY that no job has is left out.
+
+    bytes/token sums over all ranks.  A load's figures are those of its summary_level.
+    """
     import pandas as pd
 
-    return pd.DataFrame([_row(job) for job in jobs], columns=list(COLUMNS), dtype=object)
+    columns, rows = _cells(jobs)
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
-def _row(job: SweepJob) -> tuple[Any, ...]:
+def _cells(jobs: Iterable[SweepJob]) -> tuple[list[str], list[list[Any]]]:
+    rows = [_row(job) for job in jobs]
+    columns = [name for name in COLUMNS if name not in WHERE_ANY or any(row.get(name) is not None for row in rows)]
+    return columns, [[row.get(name) for name in columns] for row in rows]
+
+
+def _row(job: SweepJob) -> dict[str, Any]:
     record = job.record
-    status = job.status + (" (done before)" if job.skipped else "")
-    reason = job.reason or (record.reason if record else None)
+    row = {"job": job.name, "status": job.status + (" (done before)" if job.skipped else ""),
+           "reason": job.reason or (record.reason if record else None)}
     if record is None:
-        return (job.name, None, None, status, None, None, None, None, None, reason)
-    which = (job.name, record.config["quant"]["name"], record.config["dist"]["name"], status)
+        return row
+    row |= {"quant": record.config["quant"]["name"], "dist": record.config["dist"]["name"]}
     if record.kv is None:
-        return (*which, None, None, None, None, None, reason)
-    kv = record.kv
-    allocated = sum(rank.bytes_per_token_allocated for rank in kv.ranks)
-    return (*which, kv.tokens, round(kv.effective_bits, 3), round(allocated, 1), _last(record, "ttft_ms",
-            "prompt_tokens", "p50"), _last(record, "output_tokens_per_s", "concurrency", "mean"), reason)
+        return row
+    allocated = sum(rank.bytes_per_token_allocated for rank in record.kv.ranks)
+    return row | {"KV tokens": record.kv.tokens, "effective bits": round(record.kv.effective_bits, 3),
+                  "bytes/token": round(allocated, 1), **_figures(record)}
+
+
+def _figures(record: RunRecord) -> dict[str, Any]:
+    if where := summary_level(record):
+        capacity = record.metrics.get("capacity_per_s")
+        return {"load": where, "TTFT p50 (ms)": round(record.metrics[f"ttft_ms/{where}"].p50, 1),
+                "output tok/s": round(record.metrics[f"output_tokens_per_s/{where}"].mean, 1),
+                "retractions": round(record.metrics[f"retractions/{where}"].mean, 2),
+                "capacity (req/s)": round(capacity.mean, 3) if capacity else None}
+    return {"TTFT p50 (ms)": _last(record, "ttft_ms", "prompt_tokens", "p50"),
+            "output tok/s": _last(record, "output_tokens_per_s", "concurrency", "mean")}
 
 
 def _last(record: RunRecord, name: str, label: str, statistic: str) -> float | None:
@@ -82,8 +104,8 @@ def _last(record: RunRecord, name: str, label: str, statistic: str) -> float | N
 
 def summary_table(jobs: Sequence[SweepJob]) -> str:
     """The table as Markdown, which is also how the console shows it."""
-    rows = [["" if value is None else str(value) for value in _row(job)] for job in jobs]
-    return markdown_table(COLUMNS, rows)
+    columns, rows = _cells(jobs)
+    return markdown_table(columns, [["" if value is None else str(value) for value in row] for row in rows])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -81,7 +81,7 @@ def run_script(url: str, ttft: TtftConfig, load: ThroughputConfig,
     for concurrency in load.concurrency:
         with ThreadPoolExecutor(concurrency) as workers:
             waiting = [workers.submit(post, url, LOADED_REPLY, load.prompt_tokens, load.output_tokens, concurrency)
-                       for _ in range(load.requests)]
+                       for _ in range(load.requests_at(concurrency))]
             for future in waiting:
                 replies.append(future.result())
                 keep(replies[-1])

@@ -1,6 +1,6 @@
 """The seed report's own figures, as it published them, and what its hardware needs at least."""
 
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +59,7 @@ class Claimed(_Row):
     def throughput_at(self, concurrency: int) -> ClaimedThroughput | None:
         return next((row for row in self.throughput if row.concurrency == concurrency), None)
 
-    @property
+    @cached_property
     def floor(self) -> Floor:
         """Of its model on its cards by their data sheet: all of them compute at once, those of one stage read."""
         card = PEAKS[self.gpu]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, write_sums
+from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.forensics.claimed import claimed
 from kvtuner_sglang.forensics.figure import write_figure
@@ -27,24 +27,21 @@ def ordered(records: Iterable[RunRecord]) -> list[RunRecord]:
 
 def published(folder: Path) -> list[RunRecord]:
     """Every run of the folder, in order."""
-    return ordered(publishable(path.parent, "forensics") for path in folder.glob("*/record.json"))
+    return ordered(published_runs(folder, "forensics"))
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy, tabulate, draw and describe; returns what was written. Raises UserError, before it writes, if it cannot."""
-    for run_dir in run_dirs:
-        publishable(run_dir, "forensics")
-    for run_dir in run_dirs:
-        copy_run(run_dir, folder / run_dir.name)
-    texts = tables(folder)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return [*(folder / name for name in texts), *write_figure(folder), write_sums(folder)]
+    *paths, _ = publish_runs(run_dirs, folder, "forensics", lambda records: _tables(ordered(records)))
+    return [*paths, *write_figure(folder), write_sums(folder)]
 
 
 def tables(folder: Path) -> dict[str, str]:
     """{file name: text} of what the records of a published folder give: table, paragraph and README."""
-    records = published(folder)
+    return _tables(published(folder))
+
+
+def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
     return {TABLE_FILE: to_csv(table_of(records)), PARAGRAPH_FILE: paragraph(records[0], claimed()) + "\n",
             README_FILE: readme(records)}
 

@@ -1,5 +1,6 @@
 """One record beside the seed's claims -> a tidy table: a row a test, level and series."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.evidence.record import Metric, RunRecord
@@ -45,7 +46,7 @@ def _row(test: str, level: int, series: str, metric: Metric) -> Row:
     return (test, level, series, unit, metric.n, metric.mean, metric.min, metric.max)
 
 
-def table_of(records: list[RunRecord]) -> "pd.DataFrame":
+def table_of(records: Sequence[RunRecord]) -> "pd.DataFrame":
     """COLUMNS of all records, each beside the same claims."""
     import pandas as pd
 

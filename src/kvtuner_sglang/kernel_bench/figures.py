@@ -1,6 +1,6 @@
 """Two figures from one GPU's table and nothing else.
 
-roofline: time against bytes, beside the floor that reading those bytes sets.  speedup: times as fast as FlashInfer in
+roofline: time against bytes, beside a plain read of as many.  speedup: times as fast as FlashInfer in
 bf16, by context and batch.  Shown are the formats in SERIES; the table has the others, too.
 """
 
@@ -34,17 +34,17 @@ def shown(frame: "pd.DataFrame", kernel: str, name: str) -> "pd.DataFrame":
 
 
 def draw_roofline(ax: "Axes", frame: "pd.DataFrame") -> None:
-    """One shape: each kernel's median time at every cell over the bytes it must move; the line is the floor."""
+    """One shape: each kernel's median time at every cell over the bytes it must move, and a plain read of as many."""
     for (kernel, name), (label, shade, marker) in SERIES.items():
         rows = shown(frame, kernel, name)
         if not rows.empty:
             ax.scatter(rows["bytes"] / 1e6, rows["median_us"], s=12, c=shade, marker=marker, linewidths=0.8,
                        label=label)
-    floor = frame.sort_values("bytes")
-    ax.plot(floor["bytes"] / 1e6, floor["floor_us"], color="black", linewidth=0.7, label="floor: plain read")
+    plain = frame.sort_values("bytes")
+    ax.plot(plain["bytes"] / 1e6, plain["floor_us"], color="black", linewidth=0.7, label="plain read of the same bytes")
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlabel("MB moved by one decode step of one layer")
+    ax.set_xlabel("MB that one layer must read")
 
 
 def speedups(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -76,7 +76,7 @@ def roofline(frame: "pd.DataFrame") -> "Figure":
     for ax, (shape, rows) in zip(axes[0], shapes, strict=True):
         draw_roofline(ax, rows)
         ax.set_title(_title(shape))
-    axes[0, 0].set_ylabel("us a layer, median")
+    axes[0, 0].set_ylabel("µs a layer, median")
     legend_below(figure, axes)
     figure.suptitle(f"{frame['gpu'].iloc[0]}, commit {frame['commit'].iloc[0]}")
     return figure

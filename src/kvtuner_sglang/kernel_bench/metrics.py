@@ -24,7 +24,7 @@ SAME_BYTES = "every byte that a store wrote is the reference's"
 SAME_CACHES = "every peer read the same keys and values behind the same page table"
 IN_TURN = "every kernel of a cell was replayed in turn with the others, in one process on one device"
 FINITE = "the last layer's output of every cell is finite"
-CEILING = "nothing was faster than its floor: ceilings are the largest bandwidths seen"
+CEILING = "no kernel moved its bytes faster than the bandwidths of this record, the largest that were seen"
 
 
 def figures(samples: Sequence[Sample]) -> Figures:

@@ -10,6 +10,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 AnswerTokens = Annotated[int, Field(ge=2)]  # time per output token needs two
 Repeats = Annotated[int, Field(ge=3)]  # fewer say nothing about their spread
 Cache = Literal["cold", "warm", "shared_prefix"]
+ROUNDS = 2  # requests per worker of a closed loop, at least: in a single burst no worker's idling could be seen
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -70,9 +71,9 @@ class OpenLoad(SingleTurnLoad):
 
 @dataclass(frozen=True, config=STRICT)
 class CapacityLoad(SingleTurnLoad):
-    """Open loops at the rates that a bisection of `rates_per_s`, ascending, asks for.
+    """Open loops at the rates that a bisection of `rates_per_s`, ascending, asks for; one bisection a repeat.
 
-    A rate meets the SLO if at least `attainment` of its requests, all repeats together, are good.
+    A rate meets the SLO if at least `attainment` of its requests are good.
     """
 
     kind: Literal["capacity"]

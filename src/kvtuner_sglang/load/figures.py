@@ -40,7 +40,9 @@ def attainment(samples: Sequence[Sample], slo: Slo) -> float:
 
 
 def over_repeats(values: Sequence[float], unit: str) -> Metric:
-    """One value per repeat, with Student's 95 % interval of their mean (n - 1 degrees of freedom)."""
+    """One value per repeat, with Student's 95 % interval of their mean (n - 1 degrees of freedom), if there are two."""
+    if len(values) == 1:
+        return summarize(values, unit)
     error = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     mean = float(np.mean(values))
     return summarize(values, unit).model_copy(update={"ci95": (mean - float(error), mean + float(error))})
@@ -74,11 +76,18 @@ def level_metrics(repeats: Repeats, slo: Slo, devices: int, at: dict[str, float]
         "slo_share": ("ratio", lambda r: attainment(r, slo)),
         "ttft_p50_ms": ("ms", lambda r: float(np.median([ttft_ms(s) for s in r]))),
         "tpot_p50_ms": ("ms", lambda r: float(np.median([tpot_ms(s) for s in r]))),
-        "cached_tokens": ("tokens", lambda r: float(np.mean([s.cached_tokens or 0 for s in r]))),
-        "retractions": ("requests", lambda r: float(sum(s.retractions or 0 for s in r))),
+        "cached_tokens": ("tokens", lambda r: float(np.mean([_counted(s.cached_tokens) for s in r]))),
+        "retractions": ("requests", lambda r: float(sum(_counted(s.retractions) for s in r))),
     }
     together = [sample for samples in repeats for sample in samples]
     return latencies(together, at) | {
         metric_key(name, **at): over_repeats([value(samples) for samples in repeats], unit)
         for name, (unit, value) in per_repeat.items()
     }
+
+
+def _counted(count: int | None) -> int:
+    """What the server counted; a valid sample has it."""
+    if count is None:
+        raise ValueError("a sample without the server's count is not valid")
+    return count

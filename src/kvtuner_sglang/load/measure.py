@@ -9,7 +9,7 @@ from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.record import Metric, metric_key
 from kvtuner_sglang.load import validity as load_validity
 from kvtuner_sglang.load.config import CapacityLoad, LoadWorkload, MultiturnLoad, OpenLoad
-from kvtuner_sglang.load.figures import Repeats, attainment, latencies, level_metrics
+from kvtuner_sglang.load.figures import Repeats, attainment, latencies, level_metrics, over_repeats
 from kvtuner_sglang.load.generator import Generator, load_generator
 from kvtuner_sglang.load.plan import Batch, Conversation, Level, Planner, prompt_lengths
 from kvtuner_sglang.measure import memory, physics, validity
@@ -45,7 +45,7 @@ def run_load(cluster: Server, config: RunConfig, checkpoint: "Checkpoint", say: 
     with load_generator(cluster.base_url, checkpoint.path, folder, state["ranks"][0]["device"], cluster.abort,
                         keep) as generator:
         load = Load(cluster, config, workload, planner, generator, say, floor)
-        metrics, warnings = _capacity(load, workload) if isinstance(workload, CapacityLoad) else (_levels(load), [])
+        metrics, warnings = find_capacity(load, workload) if isinstance(workload, CapacityLoad) else (_levels(load), [])
     cluster.check()
     after = client.server_info(cluster.base_url)
     validity.require_same_server(cluster.server_info, after)
@@ -90,6 +90,7 @@ class Load:
             validity.require_valid(self._send(drawn.prime, Level(concurrency=1)))
         samples = self._send(drawn.measured, level, self.config.seed + number)
         validity.require_valid(samples)
+        load_validity.require_retractions_reported(samples)
         physics.require_above_floor(samples, self.floor)
         self._require_the_load(samples, level)
         self.say(f"{level}, repeat {number + 1} of {self.workload.repeats}: {len(samples)} requests in "
@@ -135,27 +136,35 @@ def _levels(load: Load) -> dict[str, Metric]:
     return {name: metric for level in load.levels for name, metric in load.metrics(repeats[level], level).items()}
 
 
-def _capacity(load: Load, workload: CapacityLoad) -> tuple[dict[str, Metric], list[str]]:
-    """The highest of the rates that meets the SLO, by bisection; 0 if none does.  Metrics of every rate tried."""
-    rates = workload.rates_per_s
-    metrics: dict[str, Metric] = {}
+def find_capacity(load: Load, workload: CapacityLoad) -> tuple[dict[str, Metric], list[str]]:
+    """The highest of the rates that meets the SLO, by a bisection a repeat; 0 if none does.
 
-    def meets(rate: float) -> bool:
-        level = Level(rate_per_s=rate)
-        repeats = [load.repeat(level, number) for number in range(workload.repeats)]
-        metrics.update(load.metrics(repeats, level))
-        share = attainment([sample for samples in repeats for sample in samples], workload.slo)
-        load.say(f"{level}: {share:.0%} of the requests within the SLO, {workload.attainment:.0%} needed")
-        return share >= workload.attainment
+    Also the metrics of every rate tried, which has as many repeats as bisections asked for it.
+    """
+    rates = workload.rates_per_s
+    tried: dict[float, list[list[Sample]]] = {}
+
+    def highest(number: int) -> float:
+        def meets(rate: float) -> bool:
+            samples = load.repeat(Level(rate_per_s=rate), number)
+            tried.setdefault(rate, []).append(samples)
+            share = attainment(samples, workload.slo)
+            load.say(f"{rate:g} req/s: {share:.0%} of the requests within the SLO, {workload.attainment:.0%} needed")
+            return share >= workload.attainment
+
+        return bisect_rates(rates, meets)
 
     load.warm_up(Level(rate_per_s=rates[0]))
-    best = bisect_rates(rates, meets)
-    metrics["capacity_per_s"] = summarize([best], "req/s")
+    found = [highest(number) for number in range(workload.repeats)]
+    metrics = {"capacity_per_s": over_repeats(found, "req/s")}
+    for rate in sorted(tried):
+        metrics |= load.metrics(tried[rate], Level(rate_per_s=rate))
     warnings = []
-    if best == 0:
-        warnings.append(f"Not even the lowest rate, {rates[0]:g} req/s, meets the SLO.")
-    elif best == rates[-1]:
-        warnings.append(f"The highest rate of the list, {rates[-1]:g} req/s, meets the SLO: more may be possible.")
+    if none := found.count(0.0):
+        warnings.append(f"In {none} of {len(found)} repeats not even the lowest rate, {rates[0]:g} req/s, met the SLO.")
+    if best := found.count(rates[-1]):
+        warnings.append(f"In {best} of {len(found)} repeats the highest rate of the list, {rates[-1]:g} req/s, met the "
+                        "SLO: more may be possible.")
     return metrics, warnings
 
 

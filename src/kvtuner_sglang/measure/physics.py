@@ -7,10 +7,10 @@ once more.  All of it is a lower bound, the server's own work comes on top, so a
 Whether a server's times are made up cannot be told from prompts alone: on a fast GPU ten tokens and a thousand honestly
 take the same time, for both wait for the same kernels to start.  What none can escape is that a token needs the one
 before it: an answer of more tokens is more steps, one after the other.  So `constant_time` wants answers of twice the
-tokens and more to be told apart from short ones, by the fastest of each kind, which a busy machine does not blur.
+tokens and more to take longer than short ones, by the floor of the steps between them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from kvtuner_sglang.config import RunConfig
 from kvtuner_sglang.cpu_engine.environment import cpu_server_environment
@@ -26,7 +26,6 @@ from kvtuner_sglang.serving.device import serving_device
 
 # How far above the measured roofline an engine is believed: its kernels may beat torch's, clocks may rise for a moment.
 MARGIN = 2.0
-SAME_TIME = 0.05  # as a share of the shortest: answers that differ by less took the same time
 MORE_STEPS = 2  # times as many output tokens are certainly more work
 
 
@@ -98,23 +97,30 @@ def require_tpot_above_floor(metrics: Mapping[str, Metric], floor: Floor) -> Non
                                      f"machine {step_ms:.3f} ms at least: tokens were held back, or the client was.")
 
 
-def require_work_takes_time(samples: Sequence[Sample]) -> None:
-    """Raise MeasurementInvalid if short and long answers to short and long prompts all took the same time.
+def require_work_takes_time(alone: Iterable[Sample], loaded: Iterable[Sample], floor: Floor) -> None:
+    """Raise MeasurementInvalid unless longer answers took the time of their further tokens longer than short ones.
 
-    Of runs whose answers are all of similar lengths nothing is said.
+    alone: sent one at a time.  loaded: sent later, any number at once, all of one length.  The fastest of each are
+    compared: other work on the machine only ever adds time, so the fastest of the long ones is above its floor
+    whatever happens, and the fastest of several short ones is late only by what disturbed them all.  Below the floor
+    nothing can be told, so neither can answers whose jitter exceeds the floor of all their further tokens.  Nothing
+    is said where the loaded answers have less than MORE_STEPS times the tokens, nor of prompts that were longer alone.
     """
-    best_ms: dict[tuple[int, int], float] = {}
-    for sample in samples:
-        work = (sample.output_tokens_asked, sample.prompt_tokens_sent)
-        best_ms[work] = min(best_ms.get(work, float("inf")), answer_ms(sample))
-    if not best_ms:
+    long = list(loaded)
+    step_ms = floor.decode_step_ms(1, 0)
+    prompt, most = (long[0].prompt_tokens_sent, long[0].output_tokens_asked) if long else (0, 0)
+    short = [sample for sample in alone
+             if sample.prompt_tokens_sent <= prompt and MORE_STEPS * sample.output_tokens_asked <= most]
+    if step_ms is None or not short:
         return
-    (fewest, _), (most, _) = min(best_ms), max(best_ms)
-    shortest_ms, longest_ms = min(best_ms.values()), max(best_ms.values())
-    if most >= MORE_STEPS * fewest and longest_ms <= (1 + SAME_TIME) * shortest_ms:
+    fewest = short[0].output_tokens_asked
+    short_ms, long_ms = (min(answer_ms(sample) for sample in samples) for samples in (short, long))
+    least_ms = (most - fewest) * step_ms
+    if long_ms - short_ms < least_ms:
         raise MeasurementInvalid(
-            f"constant_time: answers of {fewest} to {most} tokens all took {shortest_ms:.1f} to {longest_ms:.1f} ms at "
-            "their fastest, though every token needs a step of its own, so no model wrote them.")
+            f"constant_time: at their fastest {most} tokens took {long_ms:.1f} ms and {fewest} tokens {short_ms:.1f} "
+            f"ms; {most - fewest} more take this machine {least_ms:.1f} ms at least, one after the other, so no model "
+            "wrote them.")
 
 
 def answer_ms(sample: Sample) -> float:

@@ -44,18 +44,16 @@ def measure_throughput(target: Target, load: ThroughputConfig, prompts: PromptSo
 def level_metrics(samples: Sequence[Sample], concurrency: int) -> dict[str, Metric]:
     """Metrics of one level, keyed .../concurrency=N.
 
-    requests_per_s, output_tokens_per_s and success_ratio are one value each; latency_ms, loaded_ttft_ms and tpot_ms
-    (time per output token after the first) have one per successful request.
+    samples: valid ones (validity.require_valid).  requests_per_s and output_tokens_per_s are one value each;
+    latency_ms, loaded_ttft_ms and tpot_ms (time per output token after the first) have one per request.
     """
-    successes = [sample for sample in samples if validity.violation(sample) is None]
     seconds = wall_s(samples)
     values = {
-        "requests_per_s": ([len(successes) / seconds], "req/s"),
-        "output_tokens_per_s": ([sum(s.stream_tokens for s in successes) / seconds], "tok/s"),
-        "success_ratio": ([len(successes) / len(samples)], "ratio"),
-        "latency_ms": ([(_ended_s(s) - s.sent_s) * MS_PER_S for s in successes], "ms"),
-        "loaded_ttft_ms": ([ttft_ms(s) for s in successes], "ms"),
-        "tpot_ms": ([tpot_ms(s) for s in successes if s.stream_tokens > 1], "ms"),
+        "requests_per_s": ([len(samples) / seconds], "req/s"),
+        "output_tokens_per_s": ([sum(s.stream_tokens for s in samples) / seconds], "tok/s"),
+        "latency_ms": ([(_ended_s(s) - s.sent_s) * MS_PER_S for s in samples], "ms"),
+        "loaded_ttft_ms": ([ttft_ms(s) for s in samples], "ms"),
+        "tpot_ms": ([tpot_ms(s) for s in samples if s.stream_tokens > 1], "ms"),
     }
     return {metric_key(name, concurrency=concurrency): summarize(numbers, unit)
             for name, (numbers, unit) in values.items() if numbers}

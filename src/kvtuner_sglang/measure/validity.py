@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from kvtuner_sglang.errors import MeasurementInvalid
+from kvtuner_sglang.load.config import ROUNDS
 from kvtuner_sglang.serving.client import Sample
 
 MAX_DISPATCH_SHARE = 0.10  # of the time that closed-loop workers had, spent between an answer and the next request
@@ -80,14 +81,14 @@ SAMPLE_RULES: tuple[Callable[[Sample], str | None], ...] = (
 RUN_RULES = {
     "unique_prompts": "No two prompts of a test begin with the same token.",
     "warm_up": "Requests of the same length, and as many at once, were answered before the measured ones.",
-    "enough_requests": "Every concurrency had at least as many requests as workers.",
+    "enough_requests": f"Every concurrency had at least {ROUNDS} requests per worker.",
     "fast_client": f"The client's workers idled at most {MAX_DISPATCH_SHARE:.0%} of the time.",
     "plain_server": "No measurement-only flag was in force.",
     "same_server": "The same server, format and ranks answered before and after the tests.",
     "wrong_server": "Model, plan, versions, layers and byte budget of every rank are those asked for.",
     "unquantized_pool": "Where quantization was asked for, every rank has our pool.",
     "faster_than_floor": "No token came before this machine could compute it, nor a median step faster than it reads.",
-    "constant_time": "Answers of twice the tokens and more, where there were any, did not take the same time.",
+    "constant_time": "Answers of twice the tokens and more, if any, took longer than short ones by those steps' floor.",
 }
 
 
@@ -156,10 +157,13 @@ def require_plain_server(info: dict[str, Any]) -> None:
 
 
 def require_enough_requests(requests: int, concurrency: Sequence[int]) -> None:
-    """Raise MeasurementInvalid, before anything is sent, if a level has fewer requests than workers."""
-    if requests < max(concurrency):
-        raise MeasurementInvalid(f"enough_requests: {requests} requests never reach concurrency {max(concurrency)}: "
-                                 "raise workload.throughput.requests.")
+    """Raise MeasurementInvalid, before anything is sent, if a level has fewer than ROUNDS requests per worker.
+
+    requests: of the level with most workers.
+    """
+    if requests < ROUNDS * max(concurrency):
+        raise MeasurementInvalid(f"enough_requests: {requests} requests are less than {ROUNDS} for each of "
+                                 f"{max(concurrency)} workers: raise workload.throughput.requests or rounds.")
 
 
 def require_fast_client(dispatch_s: Sequence[float], wall_s: float, concurrency: int) -> None:

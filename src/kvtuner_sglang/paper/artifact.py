@@ -1,13 +1,13 @@
 """ARTIFACT.md: how to check and how to repeat every claim, made from paper/claims.yaml and the published records."""
 
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
-from kvtuner_sglang.evidence.record import load_record, write_atomically
+from kvtuner_sglang.evidence.record import write_atomically
 from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.paper.claims import CLAIMS_FILE, Claim, Claims, Number, Tier, TierName
 from kvtuner_sglang.paper.published_folders import PUBLISHED
+from kvtuner_sglang.paper.repeat import hardware, jobs, minutes, repeated
 
 ARTIFACT_FILE = Path("ARTIFACT.md")  # under the project's root
 HEAD = f"""# Artifact
@@ -33,33 +33,46 @@ def write_artifact(claims: Claims, root: Path) -> Path:
     return path
 
 
-def minutes(runs: Iterable[str], root: Path) -> float:
-    """What published runs took, each counted once, by their own records."""
-    records = [load_record(root / PUBLISHED / run) for run in sorted(set(runs))]
-    seconds = [(datetime.fromisoformat(r.ended) - datetime.fromisoformat(r.started)).total_seconds() for r in records]
-    return sum(seconds) / 60
-
-
 def _tier(name: TierName, claims: Claims, root: Path) -> Iterator[str]:
     tier = claims.tiers[name]
-    runs = [run for claim in claims.claims if tier.all_claims or claim.tier == name for run in claim.runs]
+    commands = claims.commands(name)
+    made = [source for command in commands if command not in tier.commands for source in repeated(command, root)]
+    took = minutes(made, root)
     yield f"## {tier.title}"
-    yield f"On {tier.hardware}. It {tier.what}." + (
-        f" The published runs took {minutes(runs, root):.0f} minutes by their records." if runs else "")
-    yield "```\n" + "\n".join(tier.commands) + "\n```"
+    yield f"On {tier.where}. It {tier.what}." + (
+        f" The published runs took {took:.0f} minutes by their records." if took is not None else "")
+    lines = [command if command in tier.commands else f"# {_what_it_takes(command, root)}\n{command}"
+             for command in commands]
+    yield "```\n" + "\n".join(lines) + "\n```"
+
+
+def _what_it_takes(command: str, root: Path) -> str:
+    """The machine, the jobs and the minutes of a command, by the records of what it repeats."""
+    made = repeated(command, root)
+    where = f"{' and '.join(sorted({hardware(source, root) for source in made}))}: "
+    took = minutes(made, root)
+    if took is None:
+        return f"{where}time not recorded"
+    count = len(jobs(command, (root / "conf").resolve()))
+    published = f"{count} jobs" if count > 1 else "1 job"
+    if len(made) != count:
+        published += f", {len(made)} of them published"
+    return f"{where}{published}, {took:.0f} minutes"
 
 
 def _claim(claim: Claim, tier: Tier, root: Path) -> Iterator[str]:
-    took = f"{minutes(claim.runs, root):.0f} minutes" if claim.runs else "time not recorded"
+    sources = claim.sources(root)
+    took = minutes(sources, root)
     values = claim.values(root)
     yield f"### {claim.id}"
     yield claim.said(values)
     rows = [(name, number.text(values[name]), _band(number), f"`{_source(number)}`")
             for name, number in claim.numbers.items()]
     yield markdown_table(("number", "published", "band", "read from"), rows)
-    yield (f"{claim.hardware}; {took}; tier: {tier.title}. "
-           f"Rests on {', '.join(f'`{word}`' for word in (*claim.runs, *claim.files))}.")
-    yield f"```\n{claim.command}\n```"
+    where = " and ".join(sorted({hardware(source, root) for source in sources}))
+    yield (f"{where}; {'time not recorded' if took is None else f'{took:.0f} minutes'}; tier: {tier.title}. "
+           f"Rests on {', '.join(f'`{source}`' for source in sources)}.")
+    yield "```\n" + "\n".join(claim.commands) + "\n```"
 
 
 def _band(number: Number) -> str:

@@ -68,6 +68,15 @@ class Number(Strict):
             return value
         return value / _cell(path, {**self.where, **self.over.where}, self.over.column)
 
+    def sources(self, root: Path) -> set[str]:
+        """The published runs, or recipe files, that the rows were made from, as <folder>/<name>."""
+        if self.record:
+            return {str(Path(self.record).parent)}
+        selected = [self.where, *([{**self.where, **self.over.where}] if self.over else [])]
+        path = root / PUBLISHED / self.file
+        # the table of one run has no column for it, but its name
+        return {f"{Path(self.file).parent}/{_row(path, where).get('run', path.stem)}" for where in selected}
+
     def text(self, value: float) -> str:
         return written(value, self.show)
 
@@ -75,18 +84,14 @@ class Number(Strict):
 class Claim(Strict):
     """One sentence with {names} of its numbers, and how to repeat what it says.
 
-    runs: the folders of the published runs that it rests on, whose configuration `command` composes, and whose times
-    say how long that takes; files: what else it rests on, such as a recipe file, whose time is not recorded.
+    commands: between them they make every published run and recipe file anew that a number is read from.
     headline: it is in the README; loses: it is there, under where a format loses.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     sentence: str
     numbers: dict[str, Number] = Field(min_length=1)
-    runs: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    command: str
-    hardware: str
+    commands: tuple[str, ...] = Field(min_length=1)
     tier: TierName
     headline: bool = False
     loses: bool = False
@@ -106,6 +111,10 @@ class Claim(Strict):
         """The published folder that its numbers are from."""
         return next(iter(self.numbers.values())).file.split("/")[0]
 
+    def sources(self, root: Path) -> list[str]:
+        """The published runs and recipe files that it rests on, as <folder>/<name>, by name."""
+        return sorted(set().union(*(number.sources(root) for number in self.numbers.values())))
+
     def values(self, root: Path) -> dict[str, float]:
         return {name: number.read(root) for name, number in self.numbers.items()}
 
@@ -119,18 +128,27 @@ class Claim(Strict):
 
 
 class Tier(Strict):
-    """One kind of repetition. all_claims: it repeats the runs of every claim, not of its own alone."""
+    """One kind of repetition. where: on what machines.  commands: of a tier without claims.
+
+    all_claims: it repeats every claim, not its own alone.
+    """
 
     title: str
-    hardware: str
+    where: str
     what: str
     all_claims: bool = False
-    commands: tuple[str, ...]
+    commands: tuple[str, ...] = ()
 
 
 class Claims(Strict):
     tiers: dict[TierName, Tier]
     claims: tuple[Claim, ...]
+
+    def commands(self, tier: TierName) -> list[str]:
+        """Its own, then those of the claims that it repeats, each once, in their order."""
+        repeats = [claim for claim in self.claims if self.tiers[tier].all_claims or claim.tier == tier]
+        theirs = (command for claim in repeats for command in claim.commands)
+        return list(dict.fromkeys([*self.tiers[tier].commands, *theirs]))
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Self:
@@ -161,13 +179,17 @@ def load_claims(root: Path) -> Claims:
 
 
 def _cell(path: Path, where: Selection, column: str) -> float:
+    try:
+        return float(_row(path, where)[column])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has no number in column {column} of the row with {where}.") from error
+
+
+def _row(path: Path, where: Selection) -> dict[str, str]:
     rows = [row for row in _rows(path) if all(_equal(row.get(name), value) for name, value in where.items())]
     if len(rows) != 1:
         raise UserError(f"{path} has {len(rows)} rows with {where}: a number is read from exactly one.")
-    try:
-        return float(rows[0][column])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} has no number in column {column} of the row with {where}.") from error
+    return rows[0]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

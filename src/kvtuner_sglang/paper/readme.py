@@ -1,6 +1,7 @@
 """The results in README.md, between two marks: made from the published table and the claims marked as headlines."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
@@ -18,13 +19,15 @@ MODELS = {"smollm2_135m": "SmolLM2-135M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0
 SMALL_KL = 0.001
 ENGINES = ("sglang", "transformers")  # the served one where there is one
 FAKE = " †"
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+Table = dict[tuple[str, str, str], dict[str, str]]  # by model, format and engine
 
 
 def results_text(claims: Claims, root: Path) -> str:
     """The table of quality, then a line for every headline claim, then one for everything that loses."""
     good = [f"- {claim.said(claim.values(root))}" for claim in claims.claims if claim.headline]
     bad = [f"- {claim.said(claim.values(root))}" for claim in claims.claims if claim.loses]
-    return "\n\n".join([_quality_table(root), "\n".join(good), LOSES, "\n".join(bad)])
+    return "\n\n".join([quality_table(root), "\n".join(good), LOSES, "\n".join(bad)])
 
 
 def write_results(claims: Claims, root: Path) -> Path:
@@ -39,14 +42,37 @@ def write_results(claims: Claims, root: Path) -> Path:
     return path
 
 
-def _quality_table(root: Path) -> str:
-    with (root / PUBLISHED / "quality" / CSV_FILE).open(newline="", encoding="utf-8") as file:
-        table = {(row["model"], row["quant"], row["engine"]): row for row in csv.DictReader(file)}
+def quality_table(root: Path) -> str:
+    """Raises UserError, one sentence, if the published table lacks a row, a column or a number."""
+    path = root / PUBLISHED / "quality" / CSV_FILE
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = {(row["model"], row["quant"], row["engine"]): row for row in csv.DictReader(file)}
+        return _table_of(table)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be put into {README_FILE} ({type(error).__name__}: {error}): it needs a row of "
+                        f"{', '.join(FORMATS)} for {' and '.join(MODELS)}: publish them.") from error
+
+
+def _measured(table: Table, model: str, quant: str) -> dict[str, str]:
+    """Through the engine, where it was, else by fake quantization; raises KeyError if neither was."""
+    return table.get((model, quant, ENGINES[0])) or table[model, quant, ENGINES[1]]
+
+
+def full_precision_bits(dtypes: Iterable[str]) -> int:
+    """Bits of an element of the cache that formats are compared with; raises ValueError for unlike or unknown ones."""
+    found = set(dtypes)
+    if len(found) != 1 or not found <= BITS.keys():
+        raise ValueError(f"full precision is {', '.join(sorted(found))}, not one of {', '.join(BITS)}")
+    return BITS[found.pop()]
+
+
+def _table_of(table: Table) -> str:
     header = ["format", "bits an element"]
     header += [f"{name}: {what}" for name in MODELS.values() for what in ("KL, nats", "same first choice", "recall")]
     rows = []
     for quant in FORMATS:
-        found = [next(row for engine in ENGINES if (row := table.get((model, quant, engine)))) for model in MODELS]
+        found = [_measured(table, model, quant) for model in MODELS]
         cells = [f"{quant}{FAKE if any(row['engine'] != ENGINES[0] for row in found) else ''}",
                  f"{float(found[0]['effective_bits']):g}"]
         for row in found:
@@ -54,7 +80,8 @@ def _quality_table(root: Path) -> str:
             cells += [written(kl, ".4f" if kl > SMALL_KL else ".6f"), written(float(row["top1_agreement"]), ".2%"),
                       written(float(row["recall"]), ".1%")]
         rows.append(cells)
-    full = ["full precision", "16"]
+    dtypes = (row["dtype"] for row in table.values() if row["model"] in MODELS)
+    full = ["full precision", str(full_precision_bits(dtypes))]
     for model in MODELS:
         full += ["0", "", written(float(table[model, "kv8", ENGINES[0]]["recall_full"]), ".1%")]
     return markdown_table(header, [full, *rows]) + (

@@ -88,8 +88,11 @@ class KvtunerOptions:
         return self.plan(1) if not self.enabled or self._file is None else self._file.any_formats()
 
     def page_tokens(self, chosen: int | None) -> int:
-        """Tokens of a page of all layers: `--page-size` as chosen, or the default; raises ConfigError."""
-        return page_tokens(self.any_formats(), chosen)
+        """Tokens of a page of all layers: `--page-size` as chosen, the file's, or the default; raises ConfigError."""
+        if not self.enabled or self._file is None:
+            return page_tokens(self.any_formats(), chosen)
+        with naming(self.kvtuner_layer_config_file):
+            return self._file.page_tokens(chosen)
 
     def _kv_format(self) -> KVFormat:
         return kv_format(

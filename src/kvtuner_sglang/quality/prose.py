@@ -22,13 +22,14 @@ def prose_text(name: str = MEASURED) -> str:
     return data.decode("utf-8")
 
 
-def prose_windows(tokenizer: Any, tokens: int, window_tokens: int, name: str = MEASURED) -> list[list[int]]:
+def prose_windows(tokenizer: Any, tokens: int, window_tokens: int, name: str = MEASURED,
+                  option: str = "quality.prose_tokens") -> list[list[int]]:
     """Consecutive windows of token ids that hold `tokens` in all; the last may be shorter.
 
-    Raises UserError if the excerpt has fewer tokens under this tokenizer.
+    Raises UserError, which names `option` as what to lower, if the excerpt has fewer tokens under this tokenizer.
     """
     ids = tokenizer.encode(prose_text(name), add_special_tokens=False)
     if len(ids) < tokens:
         raise UserError(f"{name} has {len(ids)} tokens with this tokenizer, fewer than the {tokens} asked for: "
-                        f"set quality.prose_tokens={len(ids) // 100 * 100} or less.")
+                        f"set {option}={len(ids) // 100 * 100} or less.")
     return [ids[low : min(low + window_tokens, tokens)] for low in range(0, tokens, window_tokens)]

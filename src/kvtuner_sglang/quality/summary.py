@@ -23,7 +23,7 @@ COLUMNS = (
     "recall_se", "arithmetic", "n_tokens", "n_recall", "engine", "device", "commit",
     # beyond the tidy minimum: what the first ones are compared with
     "ppl_full", "recall_full", "recall_difference", "recall_difference_low", "recall_difference_high",
-    "arithmetic_full", "n_arithmetic", "dtype", "model_sha256",
+    "arithmetic_full", "n_arithmetic", "dtype", "model_sha256", "run",
 )
 OPTIONAL = ("recall_full", "recall_difference", "recall_difference_low", "recall_difference_high", "arithmetic_full")
 CSV_FILE = "summary.csv"
@@ -49,6 +49,7 @@ def row_of_record(record: RunRecord) -> dict[str, Any]:
         "commit": (record.environment.git_sha or "unknown")[:12], "ppl_full": mean["perplexity_full"],
         **{name: mean.get(name) for name in OPTIONAL},
         "n_arithmetic": _n(record, "arithmetic"), "dtype": record.model.dtype, "model_sha256": record.model.sha256,
+        "run": record.name,
     }
 
 
@@ -67,6 +68,7 @@ def rows_of_recipes(path: Path) -> list[dict[str, Any]]:
             **kept, "quant": row["recipe"], "key_axis": AXES[key["axis"]],
             "group": (key["group"] or "head") if len(row["plan"]) == 1 else "per layer", "engine": tree["engine"],
             "device": tree["device"], "dtype": tree["dtype"], "commit": (tree["commit"] or "unknown")[:12],
+            "run": path.name,
         })
     return rows
 

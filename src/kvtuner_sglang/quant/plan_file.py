@@ -1,6 +1,8 @@
 """A per-layer plan as a file: which format each layer's keys and values are stored in, for which model, made by whom.
 
     model: {architecture: Qwen2ForCausalLM, layers: 28, kv_heads: 4, head_dim: 128}
+    name: qwen_4bit                                          # what runs call it; without it the file's name
+    page_size: 128                                           # tokens; without it the default of its formats
     default: {nbits_key: 4, nbits_value: 2, axis_key: 0}     # of layers not listed; without it every layer is listed
     layers:                                                  # numbers in the whole model, from 0
       0: {nbits_key: 8, nbits_value: 8, axis_key: 0}
@@ -25,7 +27,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.quant.format import KVFormat, kv_format
+from kvtuner_sglang.quant.format import KVFormat, kv_format, page_tokens
 from kvtuner_sglang.quant.layer_numbers import layer_numbers, layer_text
 
 STRICT = ConfigDict(extra="forbid")
@@ -89,13 +91,27 @@ def _text_keys(tree: Any) -> Any:
 class PlanFile:
     """`layers`: formats by layer numbers, "0", "3-5" or "0,3-5"; `default`: of all others, None if all are listed.
 
-    `model` is None for the older JSON form alone, which fits any model that has the layers it names.
+    `model` is None for the older JSON form alone, which fits any model that has the layers it names.  `page_size`: the
+    pages in tokens that the plan was made for, and with which it is served; None leaves them to who serves it.
     """
 
     model: ModelIdentity | None
     layers: Annotated[dict[str, LayerFormat], BeforeValidator(_text_keys)]
     default: LayerFormat | None = None
     provenance: Provenance | None = None
+    page_size: PositiveInt | None = None
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
+
+    def page_tokens(self, chosen: int | None) -> int:
+        """Tokens of a page as served: `chosen`, the plan's own, or the default; raises ConfigError if none fits."""
+        if chosen is not None and self.page_size is not None and chosen != self.page_size:
+            raise ConfigError(f"the plan is for pages of {self.page_size} tokens and has other bits and errors with "
+                              f"pages of {chosen}: leave --page-size (quant.page_size) out.")
+        return page_tokens(self.any_formats(), chosen or self.page_size)
+
+    def is_for(self, model: ModelIdentity) -> bool:
+        """Whether the plan's own model, which it must name, is this one."""
+        return self.model is not None and _difference(self.model, model) is None
 
     def formats(self, model: ModelIdentity | None, layers: int) -> tuple[KVFormat, ...]:
         """The format of each of a model's `layers` layers; raises ConfigError if the plan does not fit.
@@ -143,19 +159,28 @@ class PlanFile:
 
 def _require_same_model(planned: ModelIdentity, served: ModelIdentity) -> None:
     """Raise ConfigError at the first thing in which the plan's model is not the one served."""
+    name = _difference(planned, served)
+    if name is not None:
+        raise ConfigError(f"the plan is for {planned.name or 'a model'} with {name} {getattr(planned, name)} but the "
+                          f"model served has {name} {getattr(served, name)}: choose a plan made for this model.")
+
+
+def _difference(planned: ModelIdentity, served: ModelIdentity) -> str | None:
+    """The first thing that is known of both and not the same."""
     for name in ("architecture", "layers", "kv_heads", "head_dim", "sha256"):
         wanted, found = getattr(planned, name), getattr(served, name)
         if wanted is not None and found is not None and wanted != found:
-            raise ConfigError(f"the plan is for {planned.name or 'a model'} with {name} {wanted} but the model served "
-                              f"has {name} {found}: choose a plan made for this model.")
+            return name
+    return None
 
 
-def plan_file(choices: Sequence[LayerFormat], model: ModelIdentity, provenance: Provenance) -> PlanFile:
+def plan_file(choices: Sequence[LayerFormat], model: ModelIdentity, provenance: Provenance, *,
+              page_size: int | None = None, name: str | None = None) -> PlanFile:
     """The plan that gives layer i of `model` choices[i]: every layer is listed, equal ones together."""
     if len(choices) != model.layers:
         raise ConfigError(f"{len(choices)} formats for the {model.layers} layers of a model: give one a layer.")
     layers = {layer_text([i for i, other in enumerate(choices) if other == fmt]): fmt for fmt in dict.fromkeys(choices)}
-    return PlanFile(model=model, layers=layers, provenance=provenance)
+    return PlanFile(model=model, layers=layers, provenance=provenance, page_size=page_size, name=name)
 
 
 def write_plan(path: Path | str, plan: PlanFile) -> None:
@@ -163,10 +188,11 @@ def write_plan(path: Path | str, plan: PlanFile) -> None:
     if plan.model is None or plan.provenance is None:
         raise ConfigError("a plan without a model or a provenance cannot be written: say whom it is for and who made "
                           "it.")
-    plan.any_formats()
+    plan.page_tokens(None)
     kept = {name: {key: value for key, value in asdict(part).items() if value not in (None, {})}
             for name, part in (("model", plan.model), ("provenance", plan.provenance))}
     tree: dict[str, Any] = {"model": kept["model"]}
+    tree |= {key: value for key, value in (("name", plan.name), ("page_size", plan.page_size)) if value is not None}
     if plan.default is not None:
         tree["default"] = asdict(plan.default)
     tree["layers"] = {text: asdict(fmt) for text, fmt in plan.layers.items()}
@@ -191,7 +217,7 @@ def load_plan(path: Path | str, others: LayerFormat | None = None) -> PlanFile:
         raise ConfigError(f"the plan {path} is not YAML or JSON ({reason}): mend it.") from error
     with naming(path):
         plan = _parsed(tree, others)
-        plan.any_formats()
+        plan.page_tokens(None)
     return plan
 
 

@@ -54,11 +54,21 @@ def ablation_section(record: RunRecord, others: Sequence[RunRecord], text: Text)
               text["capacity"].format(dtype=dtype), text["effective_bits"], text["ttft_at"].format(n=length),
               text["rate_at"].format(n=level), text["commit"])
     rows = [_row(name, runs.get(name), record, length, level, text) for name in names]
-    parts = [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows)]
-    commits = sorted({_commit(run, text) for run in runs.values()})
-    if len(commits) > 1 or any(run.environment.git_dirty for run in runs.values()):
-        parts.append(text["mixed_commits"].format(commits=", ".join(commits)))
-    return parts
+    return [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows),
+            *mixed_commits(list(runs.values()), text)]
+
+
+def mixed_commits(runs: Sequence[RunRecord], text: Text) -> list[str]:
+    """A warning if the runs are not all of one clean commit."""
+    commits = sorted({commit(run, text) for run in runs})
+    if len(commits) == 1 and not any(run.environment.git_dirty for run in runs):
+        return []
+    return [text["mixed_commits"].format(commits=", ".join(commits))]
+
+
+def ended(run: RunRecord, text: Text) -> str:
+    """How a run without figures ended, and why."""
+    return text["ended"].format(status=text.status(run.status), reason=text.said(run.reason or ""))
 
 
 def _row(name: str, run: RunRecord | None, this: RunRecord, length: int, level: int, text: Text) -> tuple[str, ...]:
@@ -67,15 +77,15 @@ def _row(name: str, run: RunRecord | None, this: RunRecord, length: int, level: 
         return (name, "", command, "", "", "", "", "", "")
     label = text["this_run"].format(quant=name) if run.name == this.name else name
     if run.kv is None:
-        ended = text["ended"].format(status=text.status(run.status), reason=text.said(run.reason or ""))
-        return (label, _flags(run), ended, "", "", "", "", "", _commit(run, text))
+        return (label, _flags(run), ended(run, text), "", "", "", "", "", commit(run, text))
     ratio = f"{run.kv.capacity_ratio:.2f}" if run.kv.capacity_ratio else ""
     return (label, _flags(run), text.status(run.status), str(run.kv.tokens), ratio, f"{run.kv.effective_bits:.2f}",
             f"{run.metric('ttft_ms', prompt_tokens=length).p50:.1f}",
-            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}", _commit(run, text))
+            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}", commit(run, text))
 
 
-def _commit(run: RunRecord, text: Text) -> str:
+def commit(run: RunRecord, text: Text) -> str:
+    """Short, with a + where there were uncommitted changes."""
     sha = run.environment.git_sha
     return f"{sha[:10]}{'+' if run.environment.git_dirty else ''}" if sha else text["commit_unknown"]
 

@@ -20,9 +20,8 @@ def print_summary(record: RunRecord) -> str:
     for level in record.levels("latency_ms", "concurrency"):
         latency = record.metric("latency_ms", concurrency=level)
         rate = record.metric("output_tokens_per_s", concurrency=level).mean
-        success = record.metric("success_ratio", concurrency=level).mean
         lines.append(f"  throughput  {level:>5} at once {rate:8.1f} tok/s  latency {latency.mean:8.1f} ms  "
-                     f"success {success:.0%} of {latency.n}")
+                     f"n={latency.n}")
     lines += _load_lines(record) if is_load(record) else []
     lines += [f"  warning     {warning}" for warning in record.warnings]
     if record.tracking.status == "failed":
@@ -38,5 +37,5 @@ def _load_lines(record: RunRecord) -> list[str]:
         lines.append(f"  load        {where:24} TTFT p50 {ttft.p50:8.1f} ms  TPOT p50 {tpot.p50:8.1f} ms  n={ttft.n}"
                      + (f"  {rate.mean:8.1f} tok/s" if rate else ""))
     if capacity := record.metrics.get("capacity_per_s"):
-        lines.append(f"  capacity    {capacity.mean:g} req/s within the SLO")
+        lines.append(f"  capacity    {capacity.mean:.3g} req/s within the SLO, mean of {capacity.n} repeats")
     return lines

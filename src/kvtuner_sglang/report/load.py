@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from kvtuner_sglang.evidence.load_level import summary_level
 from kvtuner_sglang.evidence.record import Metric, RunRecord
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.report.ablation import commit, ended, mixed_commits, quant_name
 from kvtuner_sglang.report.language import Text
 
 LOOPS = {"closed": "load_closed", "open": "load_open", "capacity": "load_open", "multiturn": "load_multiturn"}
@@ -32,7 +34,8 @@ def load_section(record: RunRecord, text: Text) -> list[str]:
     rates = [where for where in found if f"requests_per_s/{where}" in record.metrics]
     parts = [f"### 1. {text['load']}", _method(workload, text)]
     if "capacity_per_s" in record.metrics:
-        parts.append(text["capacity_found"].format(rate=record.metrics["capacity_per_s"].mean,
+        rate = _with_interval(record.metrics["capacity_per_s"], text)
+        parts.append(text["capacity_found"].format(rate=rate, repeats=workload["repeats"],
                                                    share=workload["attainment"], **workload["slo"]))
     return [
         *parts,
@@ -74,21 +77,24 @@ def _lag(record: RunRecord, rates: Sequence[str], text: Text) -> list[str]:
 
 
 def formats_section(record: RunRecord, others: Sequence[RunRecord], text: Text) -> list[str]:
-    """Runs of other formats under the same load and in the same memory, at the level where they carried most."""
-    runs = [run for run in (record, *others) if run.kv is not None]
-    header = (text["setting"], text["kv_tokens"], text["effective_bits"], text["capacity_rate"], text["load_level"],
-              "ttft_ms p50", "tpot_ms p50", "output_tokens_per_s", "retractions", text["commit"])
+    """Runs of other formats under the same load and in the same memory, at their summary_level; failed ones say why."""
+    runs = [record, *others]
+    header = (text["setting"], text["status"], text["kv_tokens"], text["effective_bits"], text["capacity_rate"],
+              text["load_level"], "ttft_ms p50", "tpot_ms p50", "output_tokens_per_s", "retractions", text["commit"])
     return [f"## {text['formats']}", text["formats_method"],
-            markdown_table(header, [_format_row(run, run is record, text) for run in runs])]
+            markdown_table(header, [_format_row(run, run is record, text) for run in runs]),
+            *mixed_commits(runs, text)]
 
 
 def _format_row(run: RunRecord, this: bool, text: Text) -> tuple[str, ...]:
-    where = [level for level in levels(run) if f"output_tokens_per_s/{level}" in run.metrics][-1]
+    name = quant_name(run)
+    label = text["this_run"].format(quant=name) if this else name
+    where = summary_level(run)
+    if run.kv is None or where is None:
+        return (label, ended(run, text), *[""] * 8, commit(run, text))
     at = {name: run.metrics[f"{name}/{where}"] for name in ("ttft_ms", "tpot_ms", "output_tokens_per_s", "retractions")}
-    name = run.config["quant"]["name"]
     capacity = run.metrics.get("capacity_per_s")
-    kv, sha = run.kv, run.environment.git_sha or text["commit_unknown"]
-    return (text["this_run"].format(quant=name) if this else name, str(kv.tokens if kv else ""),
-            f"{kv.effective_bits:.2f}" if kv else "", f"{capacity.mean:g}" if capacity else "", where,
-            f"{at['ttft_ms'].p50:.1f}", f"{at['tpot_ms'].p50:.1f}", _with_interval(at["output_tokens_per_s"], text),
-            _with_interval(at["retractions"], text), f"{sha[:10]}{'+' if run.environment.git_dirty else ''}")
+    return (label, text.status(run.status), str(run.kv.tokens), f"{run.kv.effective_bits:.2f}",
+            _with_interval(capacity, text) if capacity else "", where, f"{at['ttft_ms'].p50:.1f}",
+            f"{at['tpot_ms'].p50:.1f}", _with_interval(at["output_tokens_per_s"], text),
+            _with_interval(at["retractions"], text), commit(run, text))

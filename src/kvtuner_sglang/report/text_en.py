@@ -67,8 +67,9 @@ TEXT: dict[str, str] = {
     "requests": "Requests",
     "throughput_analysis": "The highest output rate is **{tokens:.1f} tok/s** ({rate:.2f} req/s) at concurrency "
                            "{best}; mean latency goes from {first:.0f} ms at concurrency {low} to {last:.0f} ms at "
-                           "{high}. {succeeded} of {sent} requests succeeded by HTTP status and token count.",
-    "throughput_method": "Closed loop, {prompt} prompt and {output} output tokens a request.",
+                           "{high}. All {sent} requests succeeded by HTTP status and token count.",
+    "throughput_method": "Closed loop, {prompt} prompt and {output} output tokens a request. The success rate is no "
+                         "measurement but what validity implies: a run in which a request fails has no figures.",
     "load": "Under load",
     "load_level": "Load",
     "load_closed": "Closed loop, {prompt_tokens} prompt and {output_tokens} output tokens a request, {requests} "
@@ -89,12 +90,13 @@ TEXT: dict[str, str] = {
                     "A request is good, and counts for goodput, with a TTFT of at most {ttft_ms:g} ms and a mean time "
                     "per output token of at most {tpot_ms:g} ms. A device is a rank's.",
     "dispatch_lag": "Requests left at most {worst:.1f} ms (p99) after their schedule; {bound:g} ms were allowed.",
-    "capacity_found": "Of the rates tried, **{rate:g} req/s** is the highest at which at least {share:.0%} of the "
-                      "requests kept a TTFT of {ttft_ms:g} ms and {tpot_ms:g} ms per output token; 0 is none.",
+    "capacity_found": "The highest of the rates at which at least {share:.0%} of the requests kept a TTFT of "
+                      "{ttft_ms:g} ms and {tpot_ms:g} ms per output token is **{rate} req/s**, the mean of {repeats} "
+                      "repeats with a bisection each; 0 is none.",
     "capacity_rate": "Highest rate within the SLO (req/s)",
     "formats": "Other formats under this load",
     "formats_method": "Runs in this folder that differ from this one in the quantization alone, on the same machine, "
-                      "at their highest level.",
+                      "at their highest level; of a capacity at the highest rate tried that is not above it.",
     "interval": "{mean:.4g} ({low:.4g} to {high:.4g})",
     "memory": "Memory usage",
     "device": "Device",

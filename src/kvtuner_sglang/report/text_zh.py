@@ -67,8 +67,9 @@ TEXT: dict[str, str] = {
     "requests": "请求数",
     "throughput_analysis": "最高输出速率为 **{tokens:.1f} tok/s**（{rate:.2f} req/s），并发为 {best}；"
                            "平均延迟从并发 {low} 时的 {first:.0f} ms 变为并发 {high} 时的 {last:.0f} ms。"
-                           "按 HTTP 状态码和词元数计算，{sent} 个请求中有 {succeeded} 个成功。",
-    "throughput_method": "闭环负载，每个请求 {prompt} 个提示词元、{output} 个输出词元。",
+                           "按 HTTP 状态码和词元数计算，全部 {sent} 个请求均成功。",
+    "throughput_method": "闭环负载，每个请求 {prompt} 个提示词元、{output} 个输出词元。"
+                         "成功率不是测量值，而是有效性的必然结果：只要有一个请求失败，该次运行就没有任何数据。",
     "load": "负载下的表现",
     "load_level": "负载",
     "load_closed": "闭环负载，每个请求 {prompt_tokens} 个提示词元、{output_tokens} 个输出词元，"
@@ -87,11 +88,12 @@ TEXT: dict[str, str] = {
                     "TTFT 不超过 {ttft_ms:g} ms 且每个输出词元的平均时间不超过 {tpot_ms:g} ms 的请求才算好请求，"
                     "计入有效吞吐量。设备指一个进程的设备。",
     "dispatch_lag": "请求的发出最多比计划晚 {worst:.1f} ms（p99）；允许 {bound:g} ms。",
-    "capacity_found": "在尝试过的速率中，**{rate:g} req/s** 是至少 {share:.0%} 的请求满足 TTFT 不超过 {ttft_ms:g} ms "
-                      "且每个输出词元不超过 {tpot_ms:g} ms 的最高速率；0 表示没有。",
+    "capacity_found": "至少 {share:.0%} 的请求满足 TTFT 不超过 {ttft_ms:g} ms 且每个输出词元不超过 {tpot_ms:g} ms "
+                      "的最高速率为 **{rate} req/s**：{repeats} 次重复各做一次二分查找后的平均；0 表示没有。",
     "capacity_rate": "满足 SLO 的最高速率（req/s）",
     "formats": "同一负载下的其他格式",
-    "formats_method": "本文件夹中与本次运行只有量化方式不同、且在同一台机器上的运行，取其最高级别。",
+    "formats_method": "本文件夹中与本次运行只有量化方式不同、且在同一台机器上的运行，取其最高级别；"
+                      "容量负载取不高于所得容量的最高已测速率。",
     "interval": "{mean:.4g}（{low:.4g} 至 {high:.4g}）",
     "memory": "显存与内存占用",
     "device": "设备",
@@ -177,23 +179,26 @@ SENTENCES: dict[str, str] = {
         "同一批中没有两个提示在按计划共享的部分之后以相同的词元继续（`unique_prompts`）。",
     r"unique_prompts: .*": "同一测试中没有两个提示以相同的词元开头（`unique_prompts`）。",
     r"warm_up: .*": "测量之前，已有同样长度、同样并发的请求得到应答（`warm_up`）。",
-    r"enough_requests: .*": "每个并发级别的请求数不少于并发数（`enough_requests`）。",
+    r"enough_requests: .* (\d+) requests .*": "每个并发级别中，每个工作者至少有 {} 个请求（`enough_requests`）。",
     r"fast_client: .* at most (\d+)% of the time\.": "客户端的空闲时间不超过 {}%（`fast_client`）。",
-    r"on_schedule: (\d+) of (\d+) .*": "{} / {} 的请求在 `max_dispatch_lag_ms` 之内按泊松计划发出（`on_schedule`）。",
+    r"on_schedule: No .* (\d+) of (\d+) .*":
+        "没有请求早于泊松计划发出，{} / {} 的请求在其后 `max_dispatch_lag_ms` 之内发出（`on_schedule`）。",
+    r"retractions_reported: .*": "服务器给出了每个请求被撤回的次数（`retractions_reported`）。",
     r"plain_server: .*": "没有启用仅供测量使用的选项（`plain_server`）。",
     r"same_server: .*": "测试前后应答的是同一个服务器，格式和进程均未改变（`same_server`）。",
     r"wrong_server: .*": "每个进程的模型、方案、版本、层和字节预算都与要求的一致（`wrong_server`）。",
     r"unquantized_pool: .*": "要求量化时，每个进程都使用我们的缓存池（`unquantized_pool`）。",
     r"faster_than_floor: .*": "没有词元早于这台机器能算出它的时间，"
                               "步长中位数也不短于读取所需的时间（`faster_than_floor`）。",
-    r"constant_time: .*": "词元数为两倍或更多的回答（如果有）所用时间并不相同（`constant_time`）。",
+    r"constant_time: .*": "词元数为两倍或更多的回答（如果有）比短回答多用了这些解码步的下限时间（`constant_time`）。",
     # what a run may warn of
     r"The weights are random .*": "权重是随机的（`load_format=dummy`）：速度不受影响，文本没有意义。",
     r"TTFT p50 at (\d+) tokens \(([\d.]+) ms\) is clearly below that at (\d+) tokens \(([\d.]+) ms\)\.":
         "{} 个词元时的 TTFT p50（{} ms）明显低于 {} 个词元时（{} ms）。",
-    r"Not even the lowest rate, ([\d.e-]+) req/s, meets the SLO\.": "即使最低的速率 {} req/s 也不满足 SLO。",
-    r"The highest rate of the list, ([\d.e-]+) req/s, meets the SLO: more may be possible\.":
-        "列表中最高的速率 {} req/s 仍满足 SLO：可能还能更高。",
+    r"In (\d+) of (\d+) repeats not even the lowest rate, ([\d.e-]+) req/s, met the SLO\.":
+        "{1} 次重复中有 {0} 次，即使最低的速率 {2} req/s 也不满足 SLO。",
+    r"In (\d+) of (\d+) repeats the highest rate of the list, ([\d.e-]+) req/s, met the SLO: more may be possible\.":
+        "{1} 次重复中有 {0} 次，列表中最高的速率 {2} req/s 仍满足 SLO：可能还能更高。",
     # devices, and what measure.memory does not know of them
     r"rank (\d+) \(pid (\d+)\)": "进程 {}（pid {}）",
     r"GPUs of (.+)": "{} 的 GPU",

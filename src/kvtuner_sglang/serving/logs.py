@@ -7,6 +7,9 @@ TAIL_BYTES = 256 * 1024
 REFUSAL = re.compile(r"^kvtuner: (.+)$", re.MULTILINE)
 # A traceback's last line, bare or behind a logger's stamp, or argparse's complaint.
 ERROR = re.compile(r"(?:^|\] )(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .+$|error: .+$", re.MULTILINE)
+# torch's, of a GPU and of a CPU, Python's, and SGLang's where weights leave no room for keys and values.
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|out of memory|not enough memory|can't allocate memory",
+                           re.IGNORECASE)
 STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: [^\]]*)?\] ")
 # The lines that mark a step of SGLang's start, out of the hundreds that do not.
 STEPS = ("Init torch distributed", "Load weight", "KV Cache is allocated", "Capture", "Engine startup timings",
@@ -35,6 +38,12 @@ def last_error(log: Path) -> str | None:
     """The last line that names an error, or None."""
     found = ERROR.findall(tail(log))
     return found[-1].removeprefix("] ").strip()[:LINE_LIMIT] if found else None
+
+
+def out_of_memory(log: Path) -> str | None:
+    """The first error line that says that there was no memory, or None; what came after it is its effect."""
+    found = (line.removeprefix("] ").strip()[:LINE_LIMIT] for line in ERROR.findall(tail(log)))
+    return next((line for line in found if OUT_OF_MEMORY.search(line)), None)
 
 
 def last_step(log: Path) -> str:

@@ -1,42 +1,59 @@
-"""Decode tokens/s by batch, a panel a context and a line a format, from one GPU's CSV alone."""
+"""Decode tokens/s of every format, a panel a context and number of requests, from one GPU's CSV alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtuner_sglang.figure_style import colour, legend_below, panels, styled
+from kvtuner_sglang.figure_style import colour, panels, styled
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = {"flashinfer": "-", "kvtuner": "-", "triton": ":"}  # who reads the cache; colour is the format
+ORDER = ("bf16", "fp8", "kv8", "kv4", "kv2")  # others after them
+BACKENDS = {"flashinfer": "FlashInfer", "triton": "Triton"}  # who reads a cache that is not packed
+POOL_FULL = "saturation"
 
 
-def draw(ax: "Axes", frame: "pd.DataFrame") -> None:
-    """One model and context. Lines: the same batch for every format; stars: as many requests as each format holds."""
-    from matplotlib.ticker import ScalarFormatter
+def _label(name: str, backend: str) -> str:
+    return f"{name}\n{BACKENDS[backend]}" if backend in BACKENDS else name
 
-    for (name, backend), rows in frame.groupby(["quant", "backend"]):
-        decode = rows[rows["workload"] == "decode"].sort_values("batch")
-        ax.plot(decode["batch"], decode["decode_tok_s"], color=colour(name), linestyle=LINES.get(backend, "--"),
-                marker="o", label=f"{name} {backend}")
-        full = rows[rows["workload"] == "saturation"]
-        ax.scatter(full["batch"], full["decode_tok_s"], color=colour(name), marker="*", s=40, zorder=3)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.set_xlabel("requests at once")
-    ax.set_title(f"{frame['model'].iloc[0]}, {frame['context'].iloc[0]} tokens of context")
+
+def _rank(name: str) -> int:
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def draw(ax: "Axes", frame: "pd.DataFrame", bars_wide: int) -> None:
+    """One cell, in room for `bars_wide` bars: one a format and backend, its rate above it.
+
+    Of a full pool also how many requests it holds.
+    """
+    rows = sorted(frame.itertuples(), key=lambda row: (_rank(row.quant), row.backend))
+    full = frame["workload"].iloc[0] == POOL_FULL
+    labels = [_label(row.quant, row.backend) + (f"\n{row.batch} requests" if full else "") for row in rows]
+    drawn = ax.bar(range(len(rows)), [row.decode_tok_s for row in rows], color=[colour(row.quant) for row in rows],
+                   hatch=["//" if row.backend == "triton" else "" for row in rows], edgecolor="white", linewidth=0)
+    ax.bar_label(drawn, fmt="{:,.0f}", fontsize=6)
+    ax.margins(y=0.12)
+    ax.set_xlim(-0.6, bars_wide - 0.4)
+    ax.set_xticks(range(len(rows)), labels)
+    ax.grid(visible=False, axis="x")
+
+
+def _title(model: str, context: int, workload: str, batch: int) -> str:
+    if workload == POOL_FULL:
+        return f"{model}, as many requests of {context:,} tokens as the pool holds"
+    return f"{model}, {batch} request{'s' if batch > 1 else ''} of {context:,} tokens"
 
 
 def decode_figure(frame: "pd.DataFrame") -> "Figure":
-    cells = [rows for _, rows in frame.groupby(["model", "context"])]
-    figure, axes = panels(1, len(cells), height_in=2.8)
-    for ax, rows in zip(axes[0], cells, strict=True):
-        draw(ax, rows)
-    axes[0, 0].set_ylabel("decode tokens/s (stars: pool full)")
-    legend_below(figure, axes)
+    same = frame["batch"].where(frame["workload"] != POOL_FULL, 0)  # a full pool is one cell, whatever it holds
+    cells = list(frame.groupby(["model", "context", "workload", same.rename("requests")]))
+    figure, axes = panels(len(cells), 1, height_in=0.4 + 1.35 * len(cells), shared=False)
+    for ax, ((model, context, workload, batch), rows) in zip(axes[:, 0], cells, strict=True):
+        draw(ax, rows, max(len(cell) for _, cell in cells))
+        ax.set_title(_title(model, context, workload, batch))
+        ax.set_ylabel("decode tokens/s")
     commits = ", ".join(sorted(frame["commit"].astype(str).unique()))
     figure.suptitle(f"{frame['gpu'].iloc[0]}; commit {commits}")
     return figure

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
-           "ttft_ms", "tpot_ms", "commit")
+           "ttft_ms", "tpot_ms", "commit", "run")
 CELL = ["model", "dist", "quant", "backend", "workload", "batch", "context"]
 FLOAT_FORMAT = "%.6g"
 DECODE = {"decode_tok_s": ("decode", "tpot_ms"), "saturation_decode_tok_s": ("saturation", "saturation_tpot_ms")}
@@ -45,6 +45,7 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
         "gpu": gpu_of(record), "model": record.config["model"]["name"], "dist": record.config["dist"]["name"],
         "quant": record.config["quant"]["name"], "backend": backend_of(record),
         "kv_tokens": int(record.metrics["kv_tokens"].p50), "commit": (record.environment.git_sha or "unknown")[:12],
+        "run": record.name,
     }
     rows = []
     for key, metric in record.metrics.items():

@@ -12,6 +12,7 @@ from kvtuner_sglang.evidence.outcome import Outcome
 from kvtuner_sglang.evidence.record import Environment, Status, write_record
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.quant import format_hash
+from kvtuner_sglang.serving import logs
 from kvtuner_sglang.serving.checkpoint import Checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
 
@@ -39,7 +40,8 @@ def record(config: RunConfig, overrides: Sequence[str], measure: Callable[[Attem
     """Measure inside run_directory and write the record.
 
     `measure` says in the attempt which commands it ran, and logs samples as they come.  MeasurementInvalid makes the
-    run invalid, RunFailed failed; anything else is raised, and leaves no record.
+    run invalid, RunFailed failed, or oom if a node's log says
+    so; anything else is raised, and leaves no record.
     """
     attempt = Attempt()
     with SampleLog(config.run_dir) as log:
@@ -48,7 +50,8 @@ def record(config: RunConfig, overrides: Sequence[str], measure: Callable[[Attem
         except MeasurementInvalid as error:
             attempt.status, attempt.reason = "invalid", str(error)
         except RunFailed as error:
-            attempt.reason = str(error)
+            said = [line for log in sorted(config.run_dir.glob("logs/*.log")) if (line := logs.out_of_memory(log))]
+            attempt.status, attempt.reason = ("oom", f"{error} ({said[0]})") if said else ("failed", str(error))
         else:
             attempt.status = "ok"
     write_record(config.run_dir, assemble(

@@ -6,19 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.evidence import tracking
 from kvtuner_sglang.evidence.assemble import Figures
 from kvtuner_sglang.evidence.environment import PROJECT_ROOT
 from kvtuner_sglang.evidence.outcome import Outcome
+from kvtuner_sglang.evidence.record import Environment
 from kvtuner_sglang.evidence.samples import SampleLog
+from kvtuner_sglang.plugin.arguments import SUPPORTED_ARCHITECTURES
 from kvtuner_sglang.quant.plan_file import ModelIdentity
-from kvtuner_sglang.serving.cache_folder import cache_folder
+from kvtuner_sglang.serving.cache_folder import cache_folder, one_at_a_time
 from kvtuner_sglang.serving.checkpoint import Checkpoint, prepare_checkpoint
 from kvtuner_sglang.serving.commands import NodeCommand
 from kvtuner_sglang.serving.device import serving_device
 from kvtuner_sglang.tasks.recorded import Attempt, record
 from kvtuner_sglang.tasks.run_directory import run_directory
 from kvtuner_sglang.tuner.figures import write_figures
+from kvtuner_sglang.tuner.menu import Menu
 from kvtuner_sglang.tuner.metrics import figures
 from kvtuner_sglang.tuner.plan import write_tuned_plan
 from kvtuner_sglang.tuner.report import write_report
@@ -31,15 +35,21 @@ STUDY_FILE = "study.db"
 def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     """Search, compare and write plan, record, report and figures. Bad input raises UserError and leaves nothing behind.
 
-    A search that was killed goes on where it was: its scores and its study are in the cache until it is finished.
+    A search that was killed goes on where it was: its scores and its study are in the cache, the study until it is
+    finished.  force=true begins with neither.
     """
     device = serving_device(config.server)
     checkpoint = prepare_checkpoint(config.model.source, config.model.path, say)
+    if checkpoint.architecture not in SUPPORTED_ARCHITECTURES:
+        raise ConfigError(f"architecture {checkpoint.architecture} is none that plans are served for, and its layers "
+                          f"may do what the tuner does not: use one of {', '.join(SUPPORTED_ARCHITECTURES)}.")
+    Menu(config.tune.keys, config.tune.values, checkpoint.head_dim, config.tune.page_size).require_within(
+        config.tune.bits)
     say(f"{config.run_dir}")
 
     def measure(attempt: Attempt, log: SampleLog) -> Figures:
         attempt.commands = (_command(overrides),)
-        tuned = _tune(config, checkpoint, device, say)
+        tuned = _tune(config, checkpoint, device, attempt.environment, say)
         for sample in samples(tuned):
             log.append(sample)
         write_tuned_plan(config.run_dir, tuned, _identity(config, checkpoint), attempt.environment, config.tune)
@@ -55,13 +65,15 @@ def run(config: RunConfig, overrides: Sequence[str], say: Say) -> Outcome:
     return attempt.outcome(config)
 
 
-def _tune(config: RunConfig, checkpoint: Checkpoint, device: str, say: Say) -> Tuned:
-    bench = load_bench(checkpoint, config.tune, device, cache_folder("tune"))
-    study = bench.folder / f"study-{config.config_hash}-{bench.fingerprint}.db"
-    if config.force:
-        study.unlink(missing_ok=True)
-    tuned = tune_model(bench, _identity(config, checkpoint), config.tune, config.seed, study, say)
-    shutil.move(study, config.run_dir / STUDY_FILE)
+def _tune(config: RunConfig, checkpoint: Checkpoint, device: str, environment: Environment, say: Say) -> Tuned:
+    bench = load_bench(checkpoint, config.tune, device, environment, cache_folder("tune"))
+    study = bench.study(config.config_hash)
+    with one_at_a_time(study.with_suffix(".lock"), lambda: say("another process tunes the same; waiting")):
+        if config.force:
+            study.unlink(missing_ok=True)
+            bench.scores.unlink(missing_ok=True)
+        tuned = tune_model(bench, _identity(config, checkpoint), config.tune, config.seed, study, say)
+        shutil.move(study, config.run_dir / STUDY_FILE)
     return tuned
 
 

@@ -109,11 +109,9 @@ def published_baselines(menu: Menu, model: ModelIdentity) -> list[Baseline]:
     """The plans that come with the package and are for a model of this shape."""
     found = []
     for name in preset_names():
-        try:
-            plan = load_plan(f"{PRESET}{name}").formats(model, model.layers)
-        except ConfigError:
-            continue  # for another model
-        found.append(_baseline(PUBLISHED, name, plan, menu.page_size, menu))
+        plan = load_plan(f"{PRESET}{name}")
+        if plan.is_for(model):
+            found.append(_baseline(PUBLISHED, name, plan.formats(model, model.layers), menu.page_size, menu))
     return found
 
 

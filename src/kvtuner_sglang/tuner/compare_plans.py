@@ -40,7 +40,8 @@ def plans_to_compare(tuned: Plan, front: Sequence[Plan], additive: Plan, menu: M
                      seed: int) -> list[Baseline]:
     """The tuned plan first, then the front, the additive model's plan and all baselines at the tuned plan's bits."""
     bits, layers = menu.bits(tuned), len(tuned)
-    own = [(TUNED, TUNED, tuned), *((FRONT, f"front {i}", plan) for i, plan in enumerate(front) if plan != tuned),
+    own = [(TUNED, TUNED, tuned), *((FRONT, f"front {i}", plan) for i, plan in enumerate(front)
+                                   if plan not in (tuned, additive)),
            (ADDITIVE, "additive model, layer by layer", additive)]
     return [
         *(Baseline(kind, name, plan, menu.page_size, menu.bits(plan)) for kind, name, plan in own),

@@ -2,14 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvtuner_sglang.errors import ConfigError
+from kvtuner_sglang.quant.format import CHANNEL_PAGE_SIZES
 
 BLOCK_TOKENS = 100  # of quality.compare, which this file must not import: it takes seconds
+# Positions of a window before this one count nowhere: in formats with the largest pages they read nothing stored, so
+# that a mean over them would favour those.
+FIRST_COUNTED = CHANNEL_PAGE_SIZES[-1]
 PositiveInt = Annotated[int, Field(gt=0)]
-Word = Annotated[str, Field(pattern="^(2|4|8)[bs]?$")]
+Word = Annotated[str, BeforeValidator(str), Field(pattern="^(2|4|8)[bs]?$")]  # a command line's [4,8] are numbers
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -19,6 +23,8 @@ class TuneConfig:
     calibration_*: tokens of prose that the search scores plans on, in windows.  cluster_eps: RMS distance of log10
     errors below which layers count as alike.  candidates: plans that the search scores; population: of a generation.
     heldout_*, recall_items: what plans are compared on in the end.  front_plans: how many of the front at most.
+
+    KL is the mean over positions from FIRST_COUNTED on of every window, on calibration and on held-out text alike.
     """
 
     name: str
@@ -40,13 +46,19 @@ class TuneConfig:
     uniform_tolerance_bits: Annotated[float, Field(ge=0)]
 
     def __post_init__(self) -> None:
-        if self.calibration_window < 2 * self.page_size or self.calibration_tokens % self.calibration_window:
-            raise ConfigError(f"tune.calibration_window={self.calibration_window} does not fit: give at least two "
-                              f"pages of {self.page_size}, and whole windows in tune.calibration_tokens="
-                              f"{self.calibration_tokens}.")
-        if self.heldout_tokens < 2 * BLOCK_TOKENS:
-            raise ConfigError(f"tune.heldout_tokens={self.heldout_tokens} is too little for a standard error: give "
-                              f"{2 * BLOCK_TOKENS} or more.")
+        for text in ("calibration", "heldout"):
+            tokens, window = getattr(self, f"{text}_tokens"), getattr(self, f"{text}_window")
+            if window < 2 * FIRST_COUNTED or tokens % window:
+                raise ConfigError(f"tune.{text}_window={window} does not fit: give at least two pages of "
+                                  f"{FIRST_COUNTED}, and whole windows in tune.{text}_tokens={tokens}.")
+        counted = self.heldout_tokens // self.heldout_window * (self.heldout_window - FIRST_COUNTED)
+        if counted < 2 * BLOCK_TOKENS:
+            raise ConfigError(f"tune.heldout_tokens={self.heldout_tokens} leaves {counted} positions, too few for a "
+                              f"standard error: give {2 * BLOCK_TOKENS} or more behind the first {FIRST_COUNTED} of "
+                              "every window.")
+        for name, words in (("keys", self.keys), ("values", self.values)):
+            if len(set(words)) < len(words):
+                raise ConfigError(f"tune.{name}=[{', '.join(words)}] offers a format twice: name each once.")
         for word in {*self.keys} - {"4b"} | {*self.values}:
             if word.endswith("b"):
                 raise ConfigError(f"tune has the format {word}, but only keys of 4 bits can be boosted: write 4b among "

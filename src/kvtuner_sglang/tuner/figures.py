@@ -28,7 +28,10 @@ STYLES = {  # role: label, colour, marker, size in points
     "front": ("front of the search", COLOURS["k4v2"], "o", 4),
     "tuned": ("tuned plan", COLOURS["kv4"], "*", 9), "additive": ("additive model", "#000000", "x", 4),
 }
-ORIGINS = {"nsga2": ("found by NSGA-II", COLOURS["k4v2"]), "additive": ("solved in the additive model", "#000000")}
+ORIGINS = {
+    "nsga2": ("found by NSGA-II", COLOURS["k4v2"]), "additive": ("solved in the additive model", "#000000"),
+    "additive_by_layer": ("the same, layer by layer", COLOURS["kv2"]),
+}
 
 
 def of_kind(samples: Samples, kind: str) -> list[dict[str, Any]]:

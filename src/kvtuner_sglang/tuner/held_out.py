@@ -8,6 +8,7 @@ from kvtuner_sglang.errors import MeasurementInvalid
 from kvtuner_sglang.quality.compare import TokenRows, block_mean, compare_logits
 from kvtuner_sglang.quality.recall import recall_items
 from kvtuner_sglang.quality.transformers_path import answers_greedily, logits, quantized
+from kvtuner_sglang.tuner.config import FIRST_COUNTED
 from kvtuner_sglang.tuner.menu import Plan
 from kvtuner_sglang.tuner.scoring import recipes_of
 
@@ -16,7 +17,7 @@ OVERLAP_TOKENS = 24
 
 @dataclass(frozen=True)
 class HeldOut:
-    """KL in nats over all tokens of the held-out windows, its standard error, share of equal first tokens."""
+    """KL in nats with its standard error, and share of equal first tokens, over `n_tokens` from FIRST_COUNTED on."""
 
     kl: float
     kl_se: float
@@ -25,16 +26,17 @@ class HeldOut:
 
 
 class HeldOutText:
-    """Windows of prose and their full-precision logits, kept."""
+    """Windows of prose and their full-precision logits from FIRST_COUNTED on, kept."""
 
     def __init__(self, model: Any, windows: Sequence[Sequence[int]]) -> None:
         self.model, self.windows = model, windows
-        self.full = [logits(model, window) for window in windows]
+        self.full = [logits(model, window)[FIRST_COUNTED:].clone() for window in windows]
 
     def score(self, plan: Plan, page_size: int) -> HeldOut:
         with quantized(recipes_of(plan, page_size)):
             rows = TokenRows.joined([
-                compare_logits(full, logits(self.model, window), window, str(self.model.device))
+                compare_logits(full, logits(self.model, window)[FIRST_COUNTED:], window[FIRST_COUNTED:],
+                               str(self.model.device))
                 for full, window in zip(self.full, self.windows, strict=True)
             ])
         kl = block_mean(rows.kl)

@@ -4,19 +4,25 @@ Each item takes one of its options, of a cost in bits and an error; the sum of e
 costs sum to at most the budget.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from kvtuner_sglang.errors import ConfigError
 
-UNITS_PER_BIT = 64  # effective bits of head dimensions and pages up to 128 are whole multiples of it
 
+def solve(costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], budget: float,
+          units_per_bit: int) -> list[int]:
+    """The option of every item; raises ConfigError if even the cheapest ones exceed the budget.
 
-def solve(costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """The option of every item; raises ConfigError if even the cheapest ones exceed the budget."""
-    units = [[round(cost * UNITS_PER_BIT) for cost in item] for item in costs]
-    capacity = int(budget * UNITS_PER_BIT + 1e-6)
+    units_per_bit: of a unit of which every cost is a whole multiple (Menu.units_per_bit).
+    """
+    units = [[round(cost * units_per_bit) for cost in item] for item in costs]
+    shared = math.gcd(*itertools.chain.from_iterable(units))
+    units = [[cost // shared for cost in item] for item in units]
+    capacity = int(budget * units_per_bit + 1e-6) // shared
     if sum(min(item) for item in units) > capacity:
         raise ConfigError(f"no choice has so few bits as {budget:g} in all: raise tune.bits or offer formats of fewer "
                           "bits (tune.keys, tune.values).")

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import pydantic
 
+from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.quant import KVFormat, KVShape, TensorFormat
 from kvtuner_sglang.quant.format import PER_CHANNEL, PER_TOKEN
 from kvtuner_sglang.quant.plan_file import LayerFormat
@@ -24,12 +25,13 @@ def tensor_format(word: str, axis: int) -> TensorFormat:
 
 
 def word_of(fmt: TensorFormat) -> str:
-    """The word of a format; of keys per token it says so, too."""
-    return f"{fmt.bits}{'b' if fmt.boosted else ''}{'s' if fmt.symmetric and fmt.quantized else ''}"
+    """The word of a format; per token with the channels of a group, if that is not the whole head: "4s g32"."""
+    group = f" g{fmt.group_size}" if fmt.group_size and fmt.quantized and not fmt.per_channel else ""
+    return f"{fmt.bits}{'b' if fmt.boosted else ''}{'s' if fmt.symmetric and fmt.quantized else ''}{group}"
 
 
 def pair_name(fmt: KVFormat) -> str:
-    """ "K4b V2s": what figures and reports call a layer's choice."""
+    """ "K4b V2s": what figures and reports call a layer's choice; different for what is stored differently."""
     token = "" if fmt.key.per_channel or not fmt.key.quantized else "token "
     return f"{token}K{word_of(fmt.key)} V{word_of(fmt.value)}"
 
@@ -65,9 +67,23 @@ class Menu:
         """Every key format with every value format; pair number k * len(values) + v."""
         return tuple(KVFormat(key, value) for key in self.keys for value in self.values)
 
+    @property
+    def units_per_bit(self) -> int:
+        """Effective bits of every pair are whole multiples of 1 / units_per_bit: a page has a whole number of bits."""
+        return 2 * self.head_dim * self.page_size
+
     def bits(self, plan: Sequence[KVFormat]) -> float:
         """Mean effective bits of a plan, metadata counted."""
         return effective_bits(plan, self.head_dim, self.page_size)
+
+    def require_within(self, budget: float) -> None:
+        """Raise ConfigError if heads of this size cannot be stored in a pair, or no plan has `budget` bits or less."""
+        for fmt in self.pairs:
+            fmt.check(self.head_dim)
+        least = min(self.bits([fmt]) for fmt in self.pairs)
+        if least > budget:
+            raise ConfigError(f"tune.bits={budget:g} cannot be kept: the menu's least pair has {least:.4g} effective "
+                              "bits; raise tune.bits or offer formats of fewer bits (tune.keys, tune.values).")
 
 
 def effective_bits(plan: Sequence[KVFormat], head_dim: int, page_size: int) -> float:

@@ -5,18 +5,19 @@
 A run replaces the published one of the same name; the table is made anew from all runs in the folder.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, write_sums
+from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.quality.compare import share
+from kvtuner_sglang.quant import load_plan
 from kvtuner_sglang.tuner.figures import of_kind, write_figures
+from kvtuner_sglang.tuner.menu import pair_name
 from kvtuner_sglang.tuner.plan import PLAN_FILE
 from kvtuner_sglang.tuner.report import write_report
 
@@ -47,15 +48,25 @@ def _recall(right: Sequence[bool]) -> dict[str, Any]:
     return {"recall": mean.value, "recall_se": mean.standard_error, "n_recall": mean.n}
 
 
-def table_of(folder: Path) -> "pd.DataFrame":
-    """All rows of the runs in `folder`, by model and budget; raises UserError if one cannot be published."""
+def table_of(runs: Sequence[tuple[RunRecord, Path]]) -> "pd.DataFrame":
+    """All rows of records and their folders, by model and budget; raises UserError if a plan is not its samples'."""
     import pandas as pd
 
     rows = []
-    for path in sorted(folder.glob("tune-*/record.json")):
-        rows += rows_of(publishable(path.parent, "tune"), read_samples(path.parent))
+    for record, run_dir in runs:
+        samples = read_samples(run_dir)
+        _require_own_plan(run_dir, of_kind(samples, "compared")[0])
+        rows += rows_of(record, samples)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.sort_values(["model", "budget_bits", "run"], kind="stable", ignore_index=True)
+
+
+def _require_own_plan(run_dir: Path, tuned: dict[str, Any]) -> None:
+    """Raise UserError unless plan.yaml is what the samples' row of the tuned plan was measured with."""
+    plan = load_plan(run_dir / PLAN_FILE)
+    if ([pair_name(fmt) for fmt in plan.any_formats()] != tuned["plan"]
+            or plan.page_size not in (None, tuned["page_size"])):
+        raise UserError(f"{run_dir / PLAN_FILE} is not the plan of the run's samples: repeat the run with force=true.")
 
 
 def to_csv(frame: "pd.DataFrame") -> str:
@@ -64,26 +75,24 @@ def to_csv(frame: "pd.DataFrame") -> str:
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy, tabulate and draw; returns what was written. Raises UserError, before it writes, if a run cannot be."""
-    for run_dir in run_dirs:
-        publishable(run_dir, "tune")
-        if not (run_dir / PLAN_FILE).is_file():
-            raise UserError(f"{run_dir} has no {PLAN_FILE}: repeat the run with force=true.")
-    paths = []
-    for run_dir in run_dirs:
-        kept = folder / run_dir.name
-        if kept.resolve() != run_dir.resolve():
-            copy_run(run_dir, kept)
-            shutil.copyfile(run_dir / PLAN_FILE, kept / PLAN_FILE)
+    new = {run_dir.name: run_dir for run_dir in run_dirs}
+
+    def tables_of(records: Sequence[RunRecord]) -> dict[str, str]:
+        return _tables([(record, new.get(record.name, folder / record.name)) for record in records])
+
+    *paths, _ = publish_runs(run_dirs, folder, "tune", tables_of, (PLAN_FILE,))
+    for kept in (folder / name for name in new):
         paths += [kept / PLAN_FILE, write_report(kept), *write_figures(kept)]
-    for name, text in tables(folder).items():
-        (folder / name).write_text(text)
-        paths.append(folder / name)
     return [*paths, write_sums(folder)]
 
 
 def tables(folder: Path) -> dict[str, str]:
     """{file name: text} of what the records of a published folder give."""
-    return {CSV_FILE: to_csv(table_of(folder))}
+    return _tables([(record, folder / record.name) for record in published_runs(folder, "tune")])
+
+
+def _tables(runs: Sequence[tuple[RunRecord, Path]]) -> dict[str, str]:
+    return {CSV_FILE: to_csv(table_of(runs))}
 
 
 def main(arguments: Sequence[str]) -> None:

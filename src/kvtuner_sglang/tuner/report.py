@@ -9,7 +9,8 @@ from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.quality.compare import share
 from kvtuner_sglang.quant.plan_file import layer_text
-from kvtuner_sglang.tuner.figures import of_kind
+from kvtuner_sglang.tuner.config import FIRST_COUNTED
+from kvtuner_sglang.tuner.figures import ORIGINS, of_kind
 
 REPORT_FILE = "report.md"
 BOUNDS = {"uniform": 0.5, "uniform_conf": 0.5, "first_last": 1.0, "random_median": 1.0}  # of the tuned plan's KL
@@ -32,15 +33,17 @@ def render(record: RunRecord, samples: Sequence[dict[str, Any]]) -> str:
     parts = [
         f"# Bits per layer for {model} within {tune['bits']:g} effective bits",
         f"Commit {record.environment.git_sha}{' (with changes)' if record.environment.git_dirty else ''}, "
-        f"{record.environment.machine}, {record.started} to {record.ended}. Bits count all metadata. Serve the plan "
-        f"with quant.page_size={tune['page_size']}.",
+        f"{record.environment.machine}, {record.started} to {record.ended}. Bits count all metadata; the plan is "
+        f"served with pages of {tune['page_size']} tokens.",
         "## Held out", _held_out(compared, of_kind(samples, "full_precision")[0]["right"]),
         "\n".join(f"- {line}" for line in verdicts(compared)),
-        "KL on chapters 3 and 4 of Persuasion, +- one standard error over blocks of 100 tokens; recall of 4-digit "
+        f"KL on chapters 3 and 4 of Persuasion, over positions from {FIRST_COUNTED} on of every window as on the "
+        "search's own text, +- one standard error over blocks of 100 tokens; recall of 4-digit "
         "codes with its 95 % interval. The search saw chapter 1 alone, and no retrieval prompt.",
         "![Held-out KL over bits](pareto.png)",
         "## The plan", _plan(compared[0]["plan"]),
-        "## Search", _search(of_kind(samples, "candidate"), tune), "![Additive model](additive.png)",
+        "## Search", _search(of_kind(samples, "candidate"), of_kind(samples, "search")[0], tune),
+        "![Additive model](additive.png)",
         "## Sensitivity, pruning, clusters", _layers(of_kind(samples, "layer")), "![Sensitivity](sensitivity.png)",
         "## All plans compared", _all(compared),
     ]
@@ -83,14 +86,15 @@ def _plan(plan: Sequence[str]) -> str:
             + markdown_table(("format", "layers"), rows))
 
 
-def _search(candidates: Sequence[dict[str, Any]], tune: dict[str, Any]) -> str:
-    best = {origin: min((row["kl"] for row in candidates if row["origin"] == origin), default=None)
-            for origin in ("additive", "nsga2")}
-    found = "none" if best["nsga2"] is None else f"{best['nsga2']:.4f}"
-    from_model = sum(row["origin"] == "additive" for row in candidates)
-    return (f"{len(candidates)} plans within the budget were scored on {tune['calibration_tokens']} tokens. Least KL "
-            f"of the {from_model} that the additive model gave: {best['additive']:.4f}; of those that NSGA-II bred "
-            f"from them: {found}.")
+def _search(candidates: Sequence[dict[str, Any]], searched: dict[str, Any], tune: dict[str, Any]) -> str:
+    kls = {origin: [row["kl"] for row in candidates if row["origin"] == origin] for origin in ORIGINS}
+    bred = f"{min(kls['nsga2']):.4f}" if kls["nsga2"] else "none"
+    return (f"{searched['candidates']} of {searched['asked']} plans: {searched['trials']} trials, of which "
+            f"{searched['infeasible']} were over the budget and {searched['repeated']} repeated one. Plans were scored "
+            f"on {tune['calibration_tokens']} tokens. Least KL of the {len(kls['additive'])} that the additive model "
+            f"gave: {min(kls['additive']):.4f}; of those that NSGA-II bred from them: {bred}; of the additive model's "
+            f"plan layer by layer, without clusters: {min(kls['additive_by_layer']):.4f}. Of {searched['scores']} "
+            f"scores of this tuning, {searched['reused']} were in the cache.")
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:

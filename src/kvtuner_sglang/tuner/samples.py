@@ -19,7 +19,7 @@ class LayerSample:
 
 @dataclass(frozen=True)
 class CandidateSample:
-    """One plan that the search scored on calibration text; kl_summed: what the additive model expects."""
+    """One plan that was scored on calibration text and could be chosen; kl_summed: what the additive model expects."""
 
     kind: str
     origin: str
@@ -27,6 +27,23 @@ class CandidateSample:
     kl: float
     kl_summed: float
     plan: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SearchSample:
+    """How the search ended: `candidates` plans of those `asked` for, the other trials infeasible or repeated.
+
+    scores: how many the whole tuning needed; reused: of those, how many an earlier process had left in the cache.
+    """
+
+    kind: str
+    asked: int
+    candidates: int
+    trials: int
+    infeasible: int
+    repeated: int
+    scores: int
+    reused: int
 
 
 @dataclass(frozen=True)

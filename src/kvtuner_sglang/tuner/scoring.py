@@ -1,8 +1,8 @@
 """How far a plan moves a model's logits on calibration text: the real quantizer in the transformers path, and cheap.
 
 What full precision computes is computed once: its log-probabilities, and what enters every layer, so that a plan whose
-first layers are not quantized starts at the first that is.  Only positions behind the first page count: with keys per
-channel no earlier one reads anything stored.
+first layers are not quantized starts at the first that is.  Which positions count is the same for all pages
+(config.FIRST_COUNTED).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from kvtuner_sglang.quality.recipe import KVRecipe, recipe_of
 from kvtuner_sglang.quality.transformers_path import attention_errors, head, layer_inputs, quantized
 from kvtuner_sglang.quant import KVFormat
+from kvtuner_sglang.tuner.config import FIRST_COUNTED
 
 ROWS_AT_ONCE = 256
 
@@ -23,7 +24,7 @@ def recipes_of(plan: Sequence[KVFormat | None], page_size: int) -> list[KVRecipe
 
 
 class Scorer:
-    """One model and windows of one length; `kl` in nats, the mean over positions from `page_size` on."""
+    """One model and windows of one length; `kl` in nats, the mean over `positions`, those from FIRST_COUNTED on."""
 
     def __init__(self, model: Any, windows: Sequence[Sequence[int]], page_size: int) -> None:
         self.model, self.page_size = model, page_size
@@ -36,6 +37,10 @@ class Scorer:
     def layers(self) -> int:
         return len(self.inputs) - 1
 
+    @property
+    def positions(self) -> int:
+        return sum(len(window) - FIRST_COUNTED for window in self.windows)
+
     @torch.inference_mode()
     def kl(self, plan: Sequence[KVFormat | None]) -> float:
         """KL(full || quantized) with layer i stored as plan[i]; None leaves a layer in full precision."""
@@ -44,12 +49,11 @@ class Scorer:
             return 0.0
         with quantized(recipes_of(plan, self.page_size)):
             last = layer_inputs(self.model, self.ids, first, self.inputs[first])[-1]
-        total, count = 0.0, 0
+        total = 0.0
         for p, rows in zip(self.reference, self._rows(last), strict=True):
             q = head(self.model, rows).log_softmax(-1)
             total += float((p.exp() * (p - q)).sum(-1).double().sum())
-            count += len(rows)
-        return total / count
+        return total / self.positions
 
     def attention_errors(self, fmt: KVFormat) -> list[float]:
         """Relative squared error of each layer's attention output in this format, fed full-precision input."""
@@ -58,4 +62,4 @@ class Scorer:
         return [found[i] for i in range(self.layers)]
 
     def _rows(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return hidden[:, self.page_size :].flatten(0, 1).split(ROWS_AT_ONCE)
+        return hidden[:, FIRST_COUNTED:].flatten(0, 1).split(ROWS_AT_ONCE)

@@ -9,7 +9,7 @@ infeasible by how much it does, with the additive model's error as its KL.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,15 @@ BITS_EPSILON = 1e-6
 SEED_RANGE_BITS = 1.0  # how far below the budget the additive model is solved, too
 JITTER = 0.3  # standard deviation of the logarithm of what errors are multiplied by
 TRIALS_PER_CANDIDATE = 5  # how many trials may be infeasible or repeated
+ADDITIVE, NSGA2, BY_LAYER = "additive", "nsga2", "additive_by_layer"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scored plan: `choices` is a pair of the menu for every cluster; seeded by the additive model or searched."""
+    """One scored plan: `choices` is a pair of the menu for every cluster.
+
+    origin: a seed of the additive model, bred from such, or the additive model's plan with each layer a cluster.
+    """
 
     choices: tuple[int, ...]
     plan: Plan
@@ -40,6 +44,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Found:
+    """The candidates in the order of their trials, and how many trials gave none: infeasible, or scored before."""
+
+    candidates: list[Candidate]
+    infeasible: int
+    repeated: int
+
+    @property
+    def trials(self) -> int:
+        return len(self.candidates) + self.infeasible + self.repeated
+
+
+@dataclass(frozen=True)
 class Space:
     """What is searched: clusters of a model's layers, their pairs and the budget in mean effective bits."""
 
@@ -47,6 +64,10 @@ class Space:
     clusters: Sequence[Cluster]
     sensitivity: Sensitivity
     budget: float
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether it is within the budget."""
+        return candidate.effective_bits <= self.budget + BITS_EPSILON
 
     def plan(self, choices: Sequence[int]) -> Plan:
         by_layer = {layer: self.menu.pairs[pair] for cluster, pair in zip(self.clusters, choices, strict=True)
@@ -61,7 +82,7 @@ class Space:
         costs = [[bits[pair] * len(cluster.layers) for pair in cluster.pairs] for cluster in self.clusters]
         errors = [[float(kl[list(cluster.layers), pair].sum()) for pair in cluster.pairs]
                   for cluster in self.clusters]
-        chosen = knapsack.solve(costs, errors, budget * layers)
+        chosen = knapsack.solve(costs, errors, budget * layers, self.menu.units_per_bit)
         return tuple(cluster.pairs[option] for cluster, option in zip(self.clusters, chosen, strict=True))
 
     def seeds(self, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -82,29 +103,28 @@ class Space:
 
 
 def search(space: Space, kl_of: Callable[[Plan], float], storage: Path, *, population: int, candidates: int, seed: int,
-           say: Callable[[str], None]) -> list[Candidate]:
-    """Score until `candidates` different plans within the budget are, or trials run out; returns them in that order."""
+           say: Callable[[str], None]) -> Found:
+    """Score until `candidates` different plans within the budget are, or TRIALS_PER_CANDIDATE times as many trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(study_name="tune", storage=f"sqlite:///{storage}", load_if_exists=True,
                                 directions=["minimize", "minimize"])
     _abandon(study)
-    finished = list(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    tried = [_candidate(space, trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     found: dict[tuple[int, ...], Candidate] = {}
-    for candidate in (_candidate(space, trial) for trial in finished):
-        if candidate.effective_bits <= space.budget + BITS_EPSILON:
-            found.setdefault(candidate.choices, candidate)  # who bred it first
+    for candidate in filter(space.holds, tried):
+        found.setdefault(candidate.choices, candidate)  # who bred it first
     seeds, begun, resumed = space.seeds(population, seed), time.monotonic(), len(found)
-    for number in range(len(finished), TRIALS_PER_CANDIDATE * candidates):
-        if len(found) >= candidates:
-            break
-        candidate = _next_trial(study, space, kl_of, number, seeds, population, seed)
-        if candidate.effective_bits <= space.budget + BITS_EPSILON and candidate.choices not in found:
+    while len(found) < candidates and len(tried) < TRIALS_PER_CANDIDATE * candidates:
+        candidate = _next_trial(study, space, kl_of, len(tried), seeds, population, seed)
+        tried.append(candidate)
+        if space.holds(candidate) and candidate.choices not in found:
             found[candidate.choices] = candidate
             rate = (time.monotonic() - begun) / (len(found) - resumed)
             best = min(found.values(), key=lambda c: c.kl)
             say(f"search: {len(found)} of {candidates} plans, {rate:.1f} s each; best KL {best.kl:.4f} at "
                 f"{best.effective_bits:.3f} bits ({best.origin})")
-    return list(found.values())
+    infeasible = sum(not space.holds(candidate) for candidate in tried)
+    return Found(list(found.values()), infeasible, len(tried) - infeasible - len(found))
 
 
 def _next_trial(study: optuna.Study, space: Space, kl_of: Callable[[Plan], float], number: int,
@@ -122,7 +142,7 @@ def _next_trial(study: optuna.Study, space: Space, kl_of: Callable[[Plan], float
     bits, expected = space.menu.bits(plan), summed(space.sensitivity, space.menu, plan)
     excess = max(0.0, bits - space.budget - BITS_EPSILON)
     kl = expected if excess else kl_of(plan)
-    origin = "additive" if number < len(seeds) else "nsga2"
+    origin = ADDITIVE if number < len(seeds) else NSGA2
     trial.set_constraint("excess_bits", excess)
     trial.set_user_attr("origin", origin)
     study.tell(trial, [kl, bits])
@@ -146,6 +166,15 @@ def _candidate(space: Space, trial: FrozenTrial) -> Candidate:
 
 def _name(cluster: Cluster) -> str:
     return "layers " + ",".join(map(str, cluster.layers))
+
+
+def by_layer(space: Space, kept: Sequence[tuple[int, ...]], kl_of: Callable[[Plan], float]) -> Candidate:
+    """The additive model's best plan within the budget if no layers were clustered, scored; kept: pairs by layer."""
+    alone = replace(space, clusters=[Cluster((layer,), pairs) for layer, pairs in enumerate(kept)])
+    choices = alone.additive(space.budget)
+    plan = alone.plan(choices)
+    return Candidate(choices, plan, space.menu.bits(plan), kl_of(plan), summed(space.sensitivity, space.menu, plan),
+                     BY_LAYER)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
