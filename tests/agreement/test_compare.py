@@ -74,7 +74,7 @@ def test_few_common_tokens_are_a_warning():
 
 
 def reply(**changes):
-    meta = {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 0,
+    meta = {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 0, "num_retractions": 0,
             "output_token_logprobs": [[-1.0, 7, None], [-2.0, 8, None]]}
     return {"output_ids": [7, 8], "meta_info": {**meta, **changes}}
 
@@ -93,3 +93,10 @@ def test_a_whole_answer_is_read():
 def test_an_answer_that_is_not_whole_is_refused(changes, rule):
     with pytest.raises(MeasurementInvalid, match=rule):
         read_answer(reply(**changes), 5, 2, True)
+
+
+def test_an_answer_without_its_retractions_is_refused():
+    silent = reply()
+    del silent["meta_info"]["num_retractions"]
+    with pytest.raises(MeasurementInvalid, match="retractions_reported"):
+        read_answer(silent, 5, 2, True)

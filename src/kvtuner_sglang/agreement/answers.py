@@ -72,7 +72,9 @@ def read_answer(reply: dict[str, Any], prompt_tokens: int, new_tokens: int, log_
                                  f"{counts} where {asked} were asked for.")
     if not all(value is not None and math.isfinite(value) for value in values):
         raise MeasurementInvalid("finite: a log-probability is not a number.")
-    return Answer(reply["output_ids"], values, meta["cached_tokens"], meta.get("num_retractions", 0))
+    if "num_retractions" not in meta:
+        raise MeasurementInvalid("retractions_reported: the server does not say how often the request was retracted.")
+    return Answer(reply["output_ids"], values, meta["cached_tokens"], meta["num_retractions"])
 
 
 def flush_cache(url: str) -> None:
