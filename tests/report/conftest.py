@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kvtuner_sglang.config import RunConfig, SeedTests, parse
-from kvtuner_sglang.evidence.assemble import assemble
+from kvtuner_sglang.evidence.assemble import Figures, assemble
 from kvtuner_sglang.evidence.record import (
     DeviceMemory,
     Environment,
@@ -123,9 +123,8 @@ def make_run() -> Callable[..., RunRecord]:
         memory = tuple(DeviceMemory(name=f"rank {rank} (pid {4000 + rank})", node_rank=0, used_mib=900.0,
                                     total_mib=8000.0, source="resident set; RAM of the host")
                        for rank in range(config.dist.ranks))
-        figures = SimpleNamespace(metrics=metrics_of(config), kv=kv_record(state_of(config, host), config),
-                                  memory=memory, rules=("http_200: The server answered, and answered 200.",),
-                                  warnings=("something odd.",))
+        figures = Figures(metrics=metrics_of(config), kv=kv_record(state_of(config, host), config), memory=memory,
+                          rules=("http_200: The server answered, and answered 200.",), warnings=("something odd.",))
         return assemble(
             config, overrides=overrides, started="2026-01-02T03:04:05+00:00", status=status,
             reason=None if status == "ok" else "rank 3 on node 1 died", environment=environment_of(host, sha),
