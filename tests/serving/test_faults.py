@@ -79,7 +79,7 @@ def alive(pids: set[int]) -> list[int]:
 
 @pytest.mark.parametrize(("dist", "ranks", "number", "limit_s", "what"), [
     ("pp2", 2, signal.SIGKILL, 30, "died"),
-    ("tp2pp2", 4, signal.SIGSTOP, 90, "has been stopped"),
+    ("tp2", 2, signal.SIGSTOP, 90, "has been stopped"),
 ])
 def test_a_lost_rank_ends_the_run(start_run, dist: str, ranks: int, number: signal.Signals, limit_s: float,
                                   what: str, record_property: Callable[[str, object], None]) -> None:
