@@ -28,7 +28,7 @@ def at_most(frame: "pd.DataFrame", column: str) -> "tuple[pd.DataFrame, str]":
 
 
 def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
-    """One measure: groups are layouts, bars formats in the order of their bits."""
+    """One measure: groups are layouts, bars formats in the order of their colours."""
     rows, label = at_most(frame, column)
     names = [name for name in COLOURS if name in set(frame["quant"])]
     layouts = [name for name in LAYOUTS if name in set(frame["dist"])]
