@@ -23,5 +23,9 @@ def job(cfg: DictConfig) -> Outcome:
 
 if __name__ == "__main__":
     command_line.check(sys.argv[1:], CONF)
-    job()
+    try:
+        job()
+    except KeyboardInterrupt:
+        sys.stderr.write("kvtuner: interrupted: every process it started is ended, and this run has no record.\n")
+        sys.exit(130)
     sys.exit(command_line.exit_code())
