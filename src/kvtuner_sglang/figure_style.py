@@ -6,13 +6,14 @@
     save(figure, folder, "kl")
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -68,6 +69,23 @@ def legend_below(figure: "Figure", axes: "np.ndarray", columns: int = LEGEND_COL
             handles.setdefault(label, handle)
     equal = -(-len(handles) // -(-len(handles) // columns))  # rows of equal length
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=equal)
+
+
+def drawn_tables(folder: Path, read: "Callable[[Path], pd.DataFrame]",
+                 draw: "Mapping[str, Callable[[pd.DataFrame], Figure]]") -> "dict[str, Figure]":
+    """{"<table>_<name>": figure} of every CSV of a folder, for each name of `draw`; a table without rows has none."""
+    drawn: dict[str, Figure] = {}
+    for path in sorted(folder.glob("*.csv")):
+        frame = read(path)
+        if not frame.empty:
+            with styled():
+                drawn |= {f"{path.stem}_{name}": figure(frame) for name, figure in draw.items()}
+    return drawn
+
+
+def commits_of(frame: "pd.DataFrame") -> str:
+    """What a figure says of the code that its rows were measured with."""
+    return f"commit {', '.join(sorted(frame['commit'].astype(str).unique()))}"
 
 
 def token_ticks(ax: "Axes", contexts: Sequence[int]) -> None:

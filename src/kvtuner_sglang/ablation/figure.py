@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtuner_sglang.figure_style import COLOURS, colour, legend_below, panels, styled
+from kvtuner_sglang.figure_style import COLOURS, colour, commits_of, drawn_tables, legend_below, panels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +47,7 @@ def served_figure(frame: "pd.DataFrame") -> "Figure":
     for ax, column in zip(axes[:, 0], MEASURES, strict=True):
         draw(ax, frame, column)
     legend_below(figure, axes, columns=8)
-    commits = ", ".join(sorted(frame["commit"].astype(str).unique()))
-    figure.suptitle(f"{frame['model'].iloc[0]} on {frame['machine'].iloc[0]}; commit {commits}")
+    figure.suptitle(f"{frame['model'].iloc[0]} on {frame['machine'].iloc[0]}; {commits_of(frame)}")
     return figure
 
 
@@ -56,8 +55,4 @@ def figures(folder: Path) -> "dict[str, Figure]":
     """{"<machine>_served": ...} of every <machine>.csv of a published folder."""
     import pandas as pd
 
-    drawn = {}
-    for path in sorted(folder.glob("*.csv")):
-        with styled():
-            drawn[f"{path.stem}_served"] = served_figure(pd.read_csv(path))
-    return drawn
+    return drawn_tables(folder, pd.read_csv, {"served": served_figure})

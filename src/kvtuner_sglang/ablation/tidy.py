@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.record import Environment, RunRecord
+from kvtuner_sglang.evidence.record import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,11 +16,6 @@ ALIKE = ("workload", "server", "seed")
 FLOAT_FORMAT = "%.6g"
 
 
-def machine_of(environment: Environment) -> str:
-    """What computed, without the host's name."""
-    return ", ".join(environment.gpus) if environment.gpus else f"{environment.cpu}, {environment.cpu_cores} cores"
-
-
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """A row a prompt length (alone, cold cache) and a row a concurrency.
 
@@ -30,7 +25,7 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")
     load = record.environment.load_average
     shared = {
-        "machine": machine_of(record.environment), "model": record.config["model"]["name"],
+        "machine": record.environment.hardware, "model": record.config["model"]["name"],
         "dist": record.config["dist"]["name"], "quant": record.config["quant"]["name"], "kv_tokens": record.kv.tokens,
         "effective_bits": record.kv.effective_bits,
         "kv_bytes_per_token": sum(rank.bytes_per_token_allocated for rank in record.kv.ranks),
@@ -62,7 +57,7 @@ def _require_comparable(records: list[RunRecord]) -> None:
     cells: dict[tuple[str, ...], RunRecord] = {}
     first: dict[str, RunRecord] = {}
     for record in records:
-        machine = machine_of(record.environment)
+        machine = record.environment.hardware
         cell = (machine, *(record.config[part]["name"] for part in ("model", "dist", "quant")))
         other = cells.setdefault(cell, record)
         if other is not record:

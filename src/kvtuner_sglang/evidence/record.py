@@ -166,9 +166,14 @@ class Environment(Explained):
     cuda: str | None
 
     @property
+    def hardware(self) -> str:
+        """What computed, without the host's name."""
+        return ", ".join(self.gpus) if self.gpus else f"{self.cpu}, {self.cpu_cores} cores"
+
+    @property
     def machine(self) -> str:
         """What must be equal for two runs to be comparable."""
-        return f"{self.host}: {', '.join(self.gpus) if self.gpus else f'{self.cpu}, {self.cpu_cores} cores'}"
+        return f"{self.host}: {self.hardware}"
 
 
 class SamplesFile(BaseModel):

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.figure_style import OTHER_COLOUR, colour, legend_below, panels, styled, token_ticks
+from kvtuner_sglang.figure_style import (
+    OTHER_COLOUR,
+    colour,
+    commits_of,
+    drawn_tables,
+    legend_below,
+    panels,
+    token_ticks,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +86,7 @@ def roofline(frame: "pd.DataFrame") -> "Figure":
         ax.set_title(_title(shape))
     axes[0, 0].set_ylabel("µs a layer, median")
     legend_below(figure, axes)
-    figure.suptitle(f"{frame['gpu'].iloc[0]}, commit {frame['commit'].iloc[0]}")
+    figure.suptitle(f"{frame['gpu'].iloc[0]}, {commits_of(frame)}")
     return figure
 
 
@@ -99,8 +107,7 @@ def speedup(frame: "pd.DataFrame") -> "Figure":
     for ax in axes[-1]:
         ax.set_xlabel("context, tokens")
     legend_below(figure, axes)
-    figure.suptitle(f"Decode attention over FlashInfer in bf16, {frame['gpu'].iloc[0]}, commit "
-                    f"{frame['commit'].iloc[0]}")
+    figure.suptitle(f"Decode attention over FlashInfer in bf16, {frame['gpu'].iloc[0]}, {commits_of(frame)}")
     return figure
 
 
@@ -122,9 +129,4 @@ def read_table(path: Path) -> "pd.DataFrame":
 
 def figures(folder: Path) -> "dict[str, Figure]":
     """{"<gpu>_roofline": ..., "<gpu>_speedup": ...} of every <gpu>.csv of a published folder."""
-    drawn: dict[str, Figure] = {}
-    for path in sorted(folder.glob("*.csv")):
-        frame = read_table(path)
-        with styled():
-            drawn |= {f"{path.stem}_roofline": roofline(frame), f"{path.stem}_speedup": speedup(frame)}
-    return drawn
+    return drawn_tables(folder, read_table, {"roofline": roofline, "speedup": speedup})

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_sglang import command_line
-from kvtuner_sglang.ablation.tidy import machine_of
 from kvtuner_sglang.config import decisive
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, load_record
@@ -76,7 +75,7 @@ def hardware(source: str, root: Path) -> str:
     """Where a published run or recipe file was made, by its own word."""
     path = root / PUBLISHED / source
     if path.is_dir():
-        return machine_of(_record(source, root).environment)
+        return _record(source, root).environment.hardware
     device = str(json.loads(path.read_text(encoding="utf-8"))["device"])
     return "a CPU" if device == "cpu" else device
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtuner_sglang.figure_style import colour, panels, styled
+from kvtuner_sglang.figure_style import colour, commits_of, drawn_tables, panels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,20 +54,18 @@ def decode_figure(frame: "pd.DataFrame") -> "Figure":
         draw(ax, rows, max(len(cell) for _, cell in cells))
         ax.set_title(_title(model, context, workload, batch))
         ax.set_ylabel("decode tokens/s")
-    commits = ", ".join(sorted(frame["commit"].astype(str).unique()))
-    figure.suptitle(f"{frame['gpu'].iloc[0]}; commit {commits}")
+    figure.suptitle(f"{frame['gpu'].iloc[0]}; {commits_of(frame)}")
     return figure
+
+
+def read_rates(path: Path) -> "pd.DataFrame":
+    """The rows of a GPU's table that have a decode rate."""
+    import pandas as pd
+
+    frame = pd.read_csv(path)
+    return frame[frame["decode_tok_s"].notna()]
 
 
 def figures(folder: Path) -> "dict[str, Figure]":
     """{"<gpu>_decode": ...} of every <gpu>.csv of a published folder that has decode rates."""
-    import pandas as pd
-
-    drawn = {}
-    for path in sorted(folder.glob("*.csv")):
-        frame = pd.read_csv(path)
-        frame = frame[frame["decode_tok_s"].notna()]
-        if not frame.empty:
-            with styled():
-                drawn[f"{path.stem}_decode"] = decode_figure(frame)
-    return drawn
+    return drawn_tables(folder, read_rates, {"decode": decode_figure})

@@ -40,8 +40,7 @@ def record(config: RunConfig, overrides: Sequence[str], measure: Callable[[Attem
     """Measure inside run_directory and write the record.
 
     `measure` says in the attempt which commands it ran, and logs samples as they come.  MeasurementInvalid makes the
-    run invalid, RunFailed failed, or oom if a node's log says
-    so; anything else is raised, and leaves no record.
+    run invalid, RunFailed failed, or oom if a node's log says so; anything else is raised, and leaves no record.
     """
     attempt = Attempt()
     with SampleLog(config.run_dir) as log:
