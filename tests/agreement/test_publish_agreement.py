@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from kvtuner_sglang.agreement.publish import publish, published
-from kvtuner_sglang.agreement.tidy import table_of, to_csv
+from kvtuner_sglang.agreement.tidy import table_of
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import (
     Environment,
@@ -19,6 +19,7 @@ from kvtuner_sglang.evidence.record import (
     file_sha256,
     write_record,
 )
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.measure.metrics import summarize
 
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 COLUMNS = ("device", "model", "dtype", "quant", "dist", "floor_mean", "floor_max", "mean", "max", "tokens",
            "texts_equal", "prompts", "within", "commit")
 CELL = ["device", "model", "dtype", "quant", "dist"]
-FLOAT_FORMAT = "%.6g"
 
 
 def device_of(record: RunRecord) -> str:
@@ -46,7 +45,3 @@ def table_of(records: Iterable[RunRecord]) -> "pd.DataFrame":
         raise UserError(f"two runs measured {row['model']} {row['dtype']} {row['quant']} on {row['dist']}: publish one "
                         "of them.")
     return frame.sort_values(CELL, kind="stable", ignore_index=True)
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))
