@@ -84,7 +84,7 @@ def test_a_row_a_layout_with_its_floor(folder):
     assert rows[5] == {
         "device": "Test GPU 80GB", "model": "m", "dtype": "float32", "quant": "kv4", "dist": "tp2pp2",
         "floor_mean": "0.02", "floor_max": "0.03", "mean": "0.03", "max": "0.05", "tokens": "2", "texts_equal": "30",
-        "prompts": "32", "within": "True", "commit": "abcdefabcdef"}
+        "prompts": "32", "within": "True", "commit": "abcdefabcdef", "run": "a"}
     assert rows[3]["floor_mean"] == ""
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("device", "model", "dtype", "quant", "dist", "floor_mean", "floor_max", "mean", "max", "tokens",
-           "texts_equal", "prompts", "within", "commit")
+           "texts_equal", "prompts", "within", "commit", "run")
 CELL = ["device", "model", "dtype", "quant", "dist"]
 
 
@@ -30,7 +30,7 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """One row for every layout of a run."""
     shared = {"device": device_of(record), "model": record.config["model"]["name"],
               "dtype": record.model.dtype if record.model else None, "quant": record.config["quant"]["name"],
-              "commit": (record.environment.git_sha or "unknown")[:12]}
+              "commit": (record.environment.git_sha or "unknown")[:12], "run": record.name}
     return [{**shared, **each} for each in rows(record.metrics)]
 
 
