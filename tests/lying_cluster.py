@@ -15,6 +15,7 @@ import pytest
 
 from kvtuner_sglang import command_line
 from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence import environment
 from kvtuner_sglang.evidence.record import RunRecord, load_record, write_record
 from kvtuner_sglang.measure import physics, validity
 from kvtuner_sglang.measure.roofline import Roofline
@@ -60,6 +61,7 @@ def run_task(task: ModuleType, tmp_path: Path, patch: pytest.MonkeyPatch, *more:
 
     patch.setattr(cluster, "node_commands", commands)
     patch.setattr(cluster, "BLAME_WAIT_S", 0.0)
+    patch.setattr(environment, "BUSY_SAMPLE_S", 0.01)
     patch.setattr(validity, "MAX_DISPATCH_SHARE", 0.3)
     patch.setattr(task, "prepare_checkpoint", lambda *_words: CHECKPOINT)
     patch.setattr(physics, "roofline", lambda *_words: MADE_UP)

@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-GROUPS = ("model", "quant", "dist", "workload", "tracking", "kernels", "speed", "agreement")
+TASKS = ("kernels", "speed", "agreement", "quality", "tune")  # whose group has their own name
+GROUPS = ("model", "quant", "dist", "workload", "tracking")  # of task=serve
 
 
 def options(group: str) -> list[str]:
@@ -24,19 +26,35 @@ def load(*overrides: str):
     return command_line.load(overrides, CONF)
 
 
-PAIRS = [(f"{g}={a}", f"{h}={b}") for g, h in itertools.combinations(GROUPS, 2) for a in options(g) for b in options(h)]
+def rows() -> list[dict[str, str]]:
+    """An option of every group a row, so few rows that each pair of options is in one of them."""
+    left = {frozenset(pair) for g, h in itertools.combinations(GROUPS, 2)
+            for pair in itertools.product([(g, a) for a in options(g)], [(h, b) for b in options(h)])}
+    found = []
+    while left:
+        row = dict(sorted(min(left, key=sorted)))
+        for group in GROUPS:
+            if group not in row:
+                row[group] = max(options(group), key=lambda name: sum(
+                    frozenset({(group, name), other}) in left for other in row.items()))
+        left -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+        found.append(row)
+    return found
 
 
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda word: word)
-def test_every_pair_of_options_composes(one, other):
-    more = ["model.path=/checkpoint"] if "model=local" in (one, other) else []
-    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if "quant=plan" in (one, other) else []
-    config = load(one, other, *more)
-    for word in (one, other):
-        group, _, name = word.partition("=")
-        part = getattr(config, group)
-        found = getattr(part, "mode" if group == "tracking" else "name")
-        assert found == (f"{name}_qwen2_5_7b_kivi_3_18" if word == "quant=plan" else name)
+@pytest.mark.parametrize("row", rows(), ids=lambda row: "-".join(row[group] for group in GROUPS))
+def test_every_pair_of_options_composes(row):
+    more = ["model.path=/checkpoint"] if row["model"] == "local" else []
+    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if row["quant"] == "plan" else []
+    config = load(*(f"{group}={name}" for group, name in row.items()), *more)
+    for group, name in row.items():
+        found = getattr(getattr(config, group), "mode" if group == "tracking" else "name")
+        assert found == (f"{name}_qwen2_5_7b_kivi_3_18" if (group, name) == ("quant", "plan") else name)
+
+
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in options(task)])
+def test_every_option_of_a_tasks_own_group_composes(task, name):
+    assert getattr(load(f"task={task}", f"{task}={name}"), task).name == name
 
 
 @pytest.mark.parametrize("name", options("exp"))
@@ -173,40 +191,37 @@ def test_plans_that_cannot_be(words, part):
         (["exp=ablation", "quant=kv4"], "add -m"),
         (["exp=oblation"], "choose from"),
         (["task=forensics", "dist=tp2pp2", "workload=open"], "is a load: choose workload=seed_report"),
+        (["task=tune", "quant=kv4"], "task=tune does not read quant=kv4: leave it out"),
+        (["task=tune", "server.kv_gib=1"], "task=tune does not read server.kv_gib=1"),
+        (["task=quality", "workload=open"], "task=quality does not read workload=open"),
+        (["task=speed", "workload.ttft.repeats=9"], "task=speed does not read workload.ttft.repeats=9"),
+        (["task=probe", "dist=tp2"], "task=probe does not read dist=tp2"),
+        (["task=kernels", "model=qwen2_5_7b"], "task=kernels does not read model=qwen2_5_7b"),
+        (["task=paper", "quant=kv4"], "task=paper does not read quant=kv4"),
+        (["tune=tiny"], "task=serve does not read tune=tiny"),
     ],
 )
-def test_wrong_options_are_one_sentence(words, part, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), f"runs_dir={tmp_path / 'runs'}", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("kvtuner: ")
-    assert done.stderr.count("\n") == 1
-    assert part in done.stderr
+def test_wrong_options_are_one_sentence(words, part, tmp_path, monkeypatch, capsys):
+    """As run.py checks them first: see the next test."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command_line.check([f"runs_dir={tmp_path / 'runs'}", *words], CONF)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("kvtuner: ")
+    assert said.err.count("\n") == 1
+    assert part in said.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_job_stops_a_sweep_before_its_first_job(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "run.py"),
-            "-m",
-            "quant=kv4,kv8",
-            "server.kv_gib=0.5,-1",
-            f"runs_dir={tmp_path / 'runs'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
+    words = ["-m", "quant=kv4,kv8", "server.kv_gib=0.5,-1", f"runs_dir={tmp_path / 'runs'}"]
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, timeout=60,
+                          cwd=tmp_path)
     assert done.returncode == 2
-    assert "server.kv_gib" in done.stderr
+    assert done.stderr.startswith("kvtuner: server.kv_gib")
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,10 +246,10 @@ def test_the_layouts_of_an_agreement_are_the_options_of_dist():
 
 
 def test_only_its_own_group_changes_the_folder_of_an_agreement():
-    run_dir = load("task=agreement").run_dir
-    assert load("task=agreement", "workload=seed_report").run_dir == run_dir
-    assert load("task=agreement", "agreement.prompts=6").run_dir != run_dir
-    assert load("agreement.prompts=6").run_dir == load().run_dir
+    config, few = load("task=agreement"), load("task=agreement", "agreement.prompts=6")
+    assert replace(config, workload=load("workload=seed_report").workload).run_dir == config.run_dir
+    assert few.run_dir != config.run_dir
+    assert replace(load(), agreement=few.agreement).run_dir == load().run_dir
 
 
 def test_a_level_has_its_requests_or_its_rounds_if_those_are_more():

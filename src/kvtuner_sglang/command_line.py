@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvtuner_sglang.config import RunConfig, parse
+from kvtuner_sglang.config_checks import check_given
 from kvtuner_sglang.errors import ConfigError, UserError
 from kvtuner_sglang.evidence.outcome import Outcome
 
@@ -63,9 +64,11 @@ def load(overrides: Sequence[str], conf: Path) -> RunConfig:
     """The checked configuration that these overrides compose to; raises ConfigError, one sentence."""
     try:
         cfg = _compose(overrides, conf)
-        return parse(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+        config = parse(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_sentence(str(error))) from error
+    check_given(config.task, {word.key_or_group: word.input_line or "" for word in _parse(overrides)})
+    return config
 
 
 def _compose(overrides: Sequence[str], conf: Path, *, hydra: bool = False) -> DictConfig:

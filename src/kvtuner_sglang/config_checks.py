@@ -1,5 +1,6 @@
 """What must fit together in a configuration, where one field alone cannot tell."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.errors import ConfigError
@@ -7,6 +8,28 @@ from kvtuner_sglang.load.config import ROUNDS, CapacityLoad, ClosedLoad, LoadWor
 
 if TYPE_CHECKING:
     from kvtuner_sglang.config import QuantConfig, RunConfig
+
+# Groups and options that belong to some tasks alone, and which of them a task reads; all others are everybody's.
+OWNED = ("model", "quant", "plan", "dist", "server", "workload", "quality", "kernels", "speed", "tune", "agreement")
+_SERVED = ("model", "quant", "plan", "dist", "server")
+READ_BY = {
+    "serve": (*_SERVED, "workload", "quality"),
+    "forensics": (*_SERVED, "workload", "quality"),
+    "quality": (*_SERVED, "quality"),
+    "speed": (*_SERVED, "speed"),
+    "agreement": (*_SERVED, "agreement"),
+    "probe": ("model", "quant", "plan", "quality", "server.device"),
+    "tune": ("model", "tune", "server.device"),
+    "kernels": ("kernels",),
+    "claims": (), "figures": (), "paper": (),
+}
+
+
+def check_given(task: str, given: Mapping[str, str]) -> None:
+    """Raises ConfigError at what a user gave, {group or option: the word}, and this task would leave unread."""
+    for key, word in given.items():
+        if key.partition(".")[0] in OWNED and not any(f"{key}.".startswith(f"{read}.") for read in READ_BY[task]):
+            raise ConfigError(f"task={task} does not read {word}: leave it out, or choose a task that does.")
 
 
 def check(config: "RunConfig") -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvtuner_sglang.errors import UserError
@@ -127,6 +128,15 @@ def test_the_honest_run_counts(patch: Callable[[pytest.MonkeyPatch], None] | Non
     named = {rule.partition(":")[0] for rule in record.rules}
     assert {lie.rule for lie in LIES.values()} <= named
     assert publishable(committed(run_dir), "serve").status == "ok"
+
+
+@pytest.mark.parametrize(("percent", "said"), [(51.0, True), (50.0, False)])
+def test_a_machine_that_was_busy_is_a_warning_of_the_report(percent: float, said: bool, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda _seconds: percent)
+    run_dir, record = run_task(serve, tmp_path, monkeypatch)
+    assert record.environment.cpu_busy_percent == percent
+    assert ("- Just before the start other work kept 51% of" in (run_dir / "report.md").read_text()) is said
 
 
 def test_a_node_without_memory_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,10 +54,19 @@ def test_refusal_names_the_kl_the_bound_and_the_worst_layers(stressed, tmp_path)
         ask(stressed, KV4_TOKEN, 1, tmp_path, result.kl / 2, [])
     sentence = str(caught.value)
     layer, kl = result.worst_layers[0]
-    for part in ("tiny", "quant=some", f"{result.kl:.3f}", f"{layer} ({kl:.3f})", "quality.probe_bound"):
+    for part in ("tiny", "quant=some", f"{result.kl:.3f}", f"{layer} ({kl:.2g})", "quality.probe_bound"):
         assert part in sentence
     assert "\n" not in sentence
     assert sentence.endswith(".")
+
+
+def test_what_passes_is_told_with_the_kl_the_bound_and_the_worst_layers(stressed, tmp_path):
+    said: list[str] = []
+    result = ask(stressed, KV4, 64, tmp_path, 9.0, said)
+    layer, kl = result.worst_layers[0]
+    for part in ("tiny with quant=some passes", f"{result.kl:.4f} is within the bound 9", f"{layer} ({kl:.2g})"):
+        assert part in said[-1]
+    assert said[-1].endswith(".")
 
 
 def test_measured_once_for_a_model_and_plan_and_judged_by_the_bound_of_today(stressed, tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from string import Formatter
+from types import SimpleNamespace
 
 import pytest
 
 from kvtuner_sglang.display_width import display_width
+from kvtuner_sglang.evidence.environment import busy_warnings
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.measure import validity
 from kvtuner_sglang.quant import KVFormat, TensorFormat
@@ -51,7 +53,8 @@ def in_chinese(record: RunRecord) -> RunRecord:
 @pytest.fixture
 def record(make_run: Callable[..., RunRecord]) -> RunRecord:
     """A run with every rule of today and each warning."""
-    warnings = [RANDOM_WEIGHTS, *validity.monotone_warnings({10: 100.0, 1000: 20.5})]
+    busy = SimpleNamespace(cpu_busy_percent=73.4)
+    warnings = [RANDOM_WEIGHTS, *busy_warnings(busy), *validity.monotone_warnings({10: 100.0, 1000: 20.5})]
     return make_run(*RUN).model_copy(update={"rules": validity.rules_held(), "warnings": tuple(warnings)})
 
 

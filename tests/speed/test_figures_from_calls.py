@@ -47,7 +47,7 @@ def test_a_step_below_the_memory_floor_does_not_count(make_call):
     # 7.07e9 weights of two bytes at 3.35 TB/s
     assert H100.decode_step_ms(1, 0) == pytest.approx(4.22, abs=0.01)
     calls = rounds(make_call, [1.0], [1.0 + 16 * 0.004])
-    with pytest.raises(MeasurementInvalid, match="physical_floor: a step of 4 x 128"):
+    with pytest.raises(MeasurementInvalid, match="faster_than_floor: a step of 4 x 128"):
         decode_metrics(calls, (8, 24), H100)
     assert decode_metrics(rounds(make_call, [1.0], [1.0 + 16 * 0.006]), (8, 24), H100)
 
@@ -56,7 +56,7 @@ def test_a_prefill_below_the_arithmetic_floor_does_not_count(make_call):
     assert 12 < H100.prefill_ms(0, 1000) < 15
     assert H100.prefill_ms(16384, 512) > H100.prefill_ms(0, 512)
     at = {"workload": "ttft", "context": 1000, "cached": 0, "new_tokens": 1}
-    with pytest.raises(MeasurementInvalid, match="physical_floor: 1000 tokens"):
+    with pytest.raises(MeasurementInvalid, match="faster_than_floor: 1000 tokens"):
         ttft_metrics([make_call(seconds=0.010, **at)], H100)
     assert ttft_metrics([make_call(seconds=0.030, **at)], H100)["ttft_ms/prompt_tokens=1000"].p50 == 30
     cached = make_call(workload="ttft_cached", context=16896, cached=16384, new_tokens=1, seconds=0.03)

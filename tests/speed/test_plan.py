@@ -1,5 +1,6 @@
 """What an engine is started with: the same for every format but for the format, and wrong wishes are one sentence."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def test_runs_of_different_backends_have_different_names():
     names = {load(*words).run_dir.name for words in (["quant=bf16"], ["quant=bf16", "speed.backend=triton"],
                                                      ["quant=fp8"], ["quant=bf16", "speed.repeats=3"])}
     assert len(names) == 4
-    assert load("workload=seed_report").run_dir == load().run_dir
+    workload = command_line.load(["workload=seed_report"], CONF).workload
+    assert replace(load(), workload=workload).run_dir == load().run_dir
 
 
 def test_the_shape_of_qwen_7b_has_its_parameters():

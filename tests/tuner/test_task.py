@@ -156,7 +156,7 @@ def test_another_version_of_optuna_begins_a_study_of_its_own(tmp_path, monkeypat
 
 def test_scores_of_another_machine_or_library_are_not_taken_over(byte_checkpoint, tmp_path, monkeypatch):
     checkpoint = prepare_checkpoint("path", str(byte_checkpoint), print)
-    tune = command_line.load(["tune=tiny"], CONF).tune
+    tune = command_line.load(["task=tune", "tune=tiny"], CONF).tune
     here = collect_environment()
     monkeypatch.setattr(run_module, "load_model", lambda *args: None)
 
@@ -241,7 +241,8 @@ def test_bad_settings_are_one_sentence(words, part, run_tune, tmp_path):
 
 
 def test_numbers_on_the_command_line_are_formats():
-    assert command_line.load(["tune.keys=[4,8]", "tune.values=[2s,8]"], CONF).tune.keys == ("4", "8")
+    words = ["task=tune", "tune.keys=[4,8]", "tune.values=[2s,8]"]
+    assert command_line.load(words, CONF).tune.keys == ("4", "8")
 
 
 @pytest.mark.parametrize("words", [["tune.calibration_tokens=256000"], ["tune.heldout_tokens=400000"]])
@@ -348,5 +349,7 @@ def test_a_tune_run_depends_on_nothing_but_what_it_uses():
     def hash_of(*words):
         return command_line.load(["task=tune", *words], CONF).config_hash
 
-    assert hash_of() == hash_of("quant=kv8") == hash_of("dist=tp2")
+    others = command_line.load(["quant=kv8", "dist=tp2"], CONF)
+    unread = replace(command_line.load(["task=tune"], CONF), quant=others.quant, dist=others.dist)
+    assert unread.config_hash == hash_of()
     assert len({hash_of(), hash_of("tune.bits=3.25"), hash_of("seed=1"), hash_of("server.device=cpu")}) == 4

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from kvtuner_sglang.config import RunConfig
+from kvtuner_sglang.evidence.environment import busy_warnings
 from kvtuner_sglang.evidence.record import (
     DeviceMemory,
     Environment,
@@ -23,6 +24,8 @@ from kvtuner_sglang.evidence.record import (
 if TYPE_CHECKING:
     from kvtuner_sglang.serving.checkpoint import Checkpoint
     from kvtuner_sglang.serving.commands import NodeCommand
+
+TIMED = ("serve", "forensics", "speed")  # tasks whose figures are times in which a CPU has a part
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, statu
         missing["kv"] = "plans are scored without an engine"
     if figures is None:
         missing["kv"] = f"the run is {status}, so it carries no figures"
+    busy = busy_warnings(environment) if config.task in TIMED else ()
     return RunRecord(
         name=config.run_dir.name, status=status, reason=reason, config=config.to_dict(),
         config_hash=config.config_hash, overrides=tuple(overrides),
@@ -70,7 +74,7 @@ def assemble(config: RunConfig, *, overrides: Sequence[str], started: str, statu
         model=_model(config, checkpoint) if checkpoint else None,
         kv=figures.kv if figures else None, metrics=figures.metrics if figures else {},
         memory=figures.memory if figures else (), rules=figures.rules if figures else (),
-        warnings=figures.warnings if figures else (), verdicts=figures.verdicts if figures else (),
+        warnings=(*busy, *figures.warnings) if figures else (), verdicts=figures.verdicts if figures else (),
         samples=samples, started=started, ended=utc_now(), seed=config.seed,
         tracking=Tracking(mode=config.tracking.mode, status="pending", group=group), unknown=missing,
     )

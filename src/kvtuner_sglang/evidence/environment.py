@@ -19,6 +19,8 @@ PACKAGES = ("kvtuner-sglang", "sglang", "torch", "triton", "transformers", "sgla
             "numpy", "wandb", "hydra-core")
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 COMMAND_TIMEOUT_S = 20
+BUSY_SAMPLE_S = 0.3
+BUSY_PERCENT = 50
 
 
 class Unknown(Exception):
@@ -48,8 +50,18 @@ def collect_environment(project_root: Path = PROJECT_ROOT) -> Environment:
     return Environment(
         host=socket.gethostname(), os=platform.platform(), python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES}, cpu=_cpu_model(), cpu_cores=_cores(),
-        ram_mib=psutil.virtual_memory().total // 2**20, load_average=os.getloadavg(), unknown=unknown, **found,
+        ram_mib=psutil.virtual_memory().total // 2**20, load_average=os.getloadavg(),
+        cpu_busy_percent=psutil.cpu_percent(BUSY_SAMPLE_S), unknown=unknown, **found,
     )
+
+
+def busy_warnings(environment: Environment) -> tuple[str, ...]:
+    """A sentence for the record of a run whose times count, if other work had more than half of the cores."""
+    percent = environment.cpu_busy_percent
+    if percent <= BUSY_PERCENT:
+        return ()
+    return (f"Just before the start other work kept {percent:.0f}% of this machine's cores busy: times may be too "
+            "long.",)
 
 
 def _run(*command: str) -> str:

@@ -144,7 +144,8 @@ class Environment(Explained):
     """Where and with what the run ran.
 
     load_average: processes that wanted a core, over 1, 5 and 15 minutes before the start; empty in runs from before it
-    was recorded.
+    was recorded.  cpu_busy_percent: of all cores, at work in the moment before the start, when nothing of the run was;
+    0 in runs from before it was recorded.
     """
 
     host: str
@@ -159,6 +160,7 @@ class Environment(Explained):
     cpu_cores: int
     ram_mib: int
     load_average: tuple[float, ...] = ()
+    cpu_busy_percent: float = 0.0
     gpus: tuple[str, ...] | None
     gpu_driver: str | None
     gpu_clocks: str | None

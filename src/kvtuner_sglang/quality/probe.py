@@ -44,10 +44,18 @@ class ProbeResult:
 
     def refusal(self, model: str, plan_name: str, bound: float) -> str:
         """The sentence for a result above the bound."""
-        layers = ", ".join(f"{layer} ({kl:.3f})" for layer, kl in self.worst_layers)
-        return (f"{model} with quant={plan_name} has a logit KL of {self.kl:.3f} over the bound {bound:g} on "
-                f"{self.tokens} tokens; worst layers by KL alone: {layers}; use more bits or keys per channel "
-                "(quant=kv4, kv8, bf16), or raise quality.probe_bound.")
+        return (f"{model} with quant={plan_name} is refused: its logit KL of {self.kl:.3f} is over the bound {bound:g} "
+                f"on {self.tokens} tokens; {self._worst()}; use more bits or keys per channel (quant=kv4, kv8, bf16), "
+                "or raise quality.probe_bound.")
+
+    def passed(self, model: str, plan_name: str, bound: float) -> str:
+        """The sentence for a result within the bound."""
+        return (f"{model} with quant={plan_name} passes: its logit KL of {self.kl:.4f} is within the bound {bound:g} "
+                f"on {self.tokens} tokens, of which {100 * self.top1_agreement:.1f}% keep their first choice; "
+                f"{self._worst()}.")
+
+    def _worst(self) -> str:
+        return "worst layers by KL alone: " + ", ".join(f"{layer} ({kl:.2g})" for layer, kl in self.worst_layers)
 
 
 def probe_file(cache_dir: Path, model_sha256: str, plan: Sequence[KVFormat], page_size: int, tokens: int, device: str,
@@ -128,7 +136,7 @@ def ensure_probed(*, model_name: str, model_path: Path, model_sha256: str, plan_
         path.write_text(json.dumps(asdict(result)))
     if not result.kl <= bound:
         raise UserError(result.refusal(model_name, plan_name, bound))
-    say(f"probe: KL {result.kl:.4f} (bound {bound:g}), top-1 agreement {result.top1_agreement:.3f}")
+    say(f"probe: {result.passed(model_name, plan_name, bound)}")
     return result
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RunRecord, load_record
+from kvtuner_sglang.serving.teardown import termination_raises
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 POLL_S = 0.5
@@ -176,7 +177,13 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    _given = _arguments()
     try:
-        sys.exit(main(_arguments()))
+        with termination_raises():
+            code = main(_given)
     except UserError as error:
         sys.exit(f"kvtuner: {error}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        sys.stderr.write("kvtuner: stopped: every run it started is ended; the same command goes on with the others.\n")
+        sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
+    sys.exit(code)

@@ -192,6 +192,8 @@ SENTENCES: dict[str, str] = {
                               "步长中位数也不短于读取所需的时间（`faster_than_floor`）。",
     r"constant_time: .*": "词元数为两倍或更多的回答（如果有）比短回答多用了这些解码步的下限时间（`constant_time`）。",
     # what a run may warn of
+    r"Just before the start other work kept (\d+)% of this machine's cores busy: .*":
+        "即将开始时，其他程序占用了本机 {}% 的 CPU 核心：测得的时间可能偏长。",
     r"The weights are random .*": "权重是随机的（`load_format=dummy`）：速度不受影响，文本没有意义。",
     r"TTFT p50 at (\d+) tokens \(([\d.]+) ms\) is clearly below that at (\d+) tokens \(([\d.]+) ms\)\.":
         "{} 个词元时的 TTFT p50（{} ms）明显低于 {} 个词元时（{} ms）。",

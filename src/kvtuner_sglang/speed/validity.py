@@ -62,7 +62,7 @@ RUN_RULES = {
     "distinct_prompts": "No two prompts begin with the same token.",
     "warm_up": "Calls of the same shape went before the measured ones.",
     "longer_takes_longer": "In every round the longer answers took longer.",
-    "physical_floor": "On a GPU that measure/hardware.py lists, nothing was faster than its memory and its arithmetic.",
+    "faster_than_floor": "On a GPU that measure/hardware.py lists, nothing beat its memory and its arithmetic.",
     "same_format": "The engine reports the format, the pool, the dtype and the attention that were asked for.",
 }
 
@@ -106,5 +106,5 @@ def require_longer(first: Sequence[float], second: Sequence[float], where: str) 
 def require_above_floor(value_ms: float, floor_ms: float | None, where: str) -> None:
     """Raise MeasurementInvalid if a time is below what the hardware can do."""
     if floor_ms is not None and value_ms < floor_ms:
-        raise MeasurementInvalid(f"physical_floor: {where} took {value_ms:.3f} ms, less than the {floor_ms:.3f} ms "
+        raise MeasurementInvalid(f"faster_than_floor: {where} took {value_ms:.3f} ms, less than the {floor_ms:.3f} ms "
                                  "that this GPU needs at least.")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from kernel_device import device, mark_gpu
+from kernel_places import place
 
-__all__ = ["device"]
+__all__ = ["device", "place"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_places import HEAD_DIM, KV_HEADS, PAGE, moved
 from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton.decode import DecodeBuffers, DecodeWorkspace, Tuning, decode_attention, default_tuning
 from kvtuner_triton.decode_case import TokenCase, attend, random_case, random_token_case, relative_error
@@ -147,3 +148,18 @@ def test_batches_of_several_sizes_share_buffers(device, portable):
     with pytest.raises(ValueError, match="do not hold"):
         DecodeWorkspace(5, 2, 1, 64, 64, device, multiprocessors=1, portable=portable,
                         buffers=DecodeBuffers(3, 5, 2, 64, device))
+
+
+@pytest.mark.parametrize("portable", KERNELS)
+def test_pages_and_slots_anywhere(device, portable, place):
+    case = random_case([1, 65, 3 * PAGE + 5], q_heads=4, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page=PAGE, key_bits=8,
+                       value_bits=8, symmetric=(False, True), device=device)
+    far = moved(case, place)
+    check(far, run(far, portable, default_tuning(8, 8)))
+
+
+def test_tokens_anywhere(device, place):
+    case = random_token_case([1, 65, 3 * PAGE + 5], q_heads=4, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page=PAGE,
+                             formats=(TensorFormat(8), TensorFormat(8)), device=device)
+    far = moved(case, place)
+    check(far, run(far, True, token_tuning()))

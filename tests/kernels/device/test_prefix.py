@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_places import HEAD_DIM, KV_HEADS, PAGE, moved
 from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton.decode_case import relative_error
 from kvtuner_triton.prefix import PrefixTuning, prefix_tables, prefix_tuning
@@ -97,6 +98,16 @@ def test_boosted_keys(device, page, head_dim):
     assert (case.keys.meta[:, :, 0] < 0).sum(-1).unique().tolist() in ([head_dim // 16], [0, head_dim // 16])
     check_unpacked(case)
     check(case, prefix_tuning(1, page, torch.bfloat16))
+
+
+@pytest.mark.parametrize("formats", [(TensorFormat(8, axis=1), TensorFormat(8)), (TensorFormat(8), TensorFormat(8))],
+                         ids=["pages", "tokens"])
+def test_pages_and_slots_anywhere(device, formats, place):
+    case = random_prefix_case([(PAGE + 3, 3 * PAGE + 5)], q_heads=4, kv_heads=KV_HEADS, head_dim=HEAD_DIM, page=PAGE,
+                              formats=formats, device=device)
+    far = moved(case, place)
+    check_unpacked(far)
+    check(far, prefix_tuning(2, far.page, torch.bfloat16))
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_places import HEAD_DIM, KV_HEADS, PAGE, behind, moved, require_written
 from kvtuner_sglang.quant import TensorFormat
 from kvtuner_triton import reference
 from kvtuner_triton.decode import PackedPages
@@ -142,3 +143,29 @@ def test_tokens_at_any_location(device, data):
     for (codes, meta), got in zip(truths, packed, strict=True):
         assert torch.equal(got.codes.cpu(), codes)
         assert torch.equal(got.meta.cpu().view(torch.int16), meta.view(torch.int16))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_pages_and_slots_anywhere(device, decode, place):
+    ends = [PAGE, 2 * PAGE, 3 * PAGE + 5]
+    case = random_store_case(ends, [1, 1, 1] if decode else [PAGE, 70, 90], kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+                             page=PAGE, key_bits=8, value_bits=8, symmetric=(False, True), device=device)
+    truth, far = expected(case), moved(case, place)
+    far.run(decode)
+    for whole, rows in zip(far.written, truth.written, strict=True):
+        require_written(whole, rows)
+
+
+def test_locations_anywhere(device, place):
+    fmt, random = TensorFormat(8), torch.Generator().manual_seed(0)
+    wide = random_content("normal", (70, 2, KV_HEADS, HEAD_DIM), random, torch.bfloat16)
+    locations = torch.randperm(2 * PAGE, generator=random)[:70]
+    codes = torch.zeros((2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.uint8)
+    meta = torch.zeros((2, KV_HEADS, PAGE, 1, fmt.metadata_values), dtype=torch.float16)
+    far = [PackedPages(fmt.bits, behind(codes.to(device), place), behind(meta.to(device), place)) for _ in range(2)]
+    store_by_location(*wide.to(device).unbind(1), *far, locations.to(device) + place * PAGE)
+    at = (locations // PAGE, slice(None), locations % PAGE)
+    for i, packed in enumerate(far):
+        codes[at], meta[at] = reference.encode(fmt, wide[:, i])[:2]
+        require_written(packed.codes, codes)
+        require_written(packed.meta, meta)
