@@ -34,6 +34,10 @@ def test_commit_lock_and_versions(project: Path) -> None:
     assert environment.cpu_cores > 0
     assert environment.ram_mib > 0
     assert len(environment.load_average) == 3
+    for result in ("runs/published/a.csv", "paper/main.typ"):
+        (project / result).parent.mkdir(parents=True)
+        (project / result).write_text("x")
+    assert collect_environment(project).git_dirty is False
     (project / "new.txt").write_text("x")
     assert collect_environment(project).git_dirty is True
 

@@ -19,6 +19,7 @@ PACKAGES = ("kvtuner-sglang", "sglang", "torch", "triton", "transformers", "sgla
             "numpy", "wandb", "hydra-core")
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 COMMAND_TIMEOUT_S = 20
+RESULTS = (":(exclude)runs", ":(exclude)paper")  # what runs leave behind and is made of it: no run reads it
 BUSY_SAMPLE_S = 0.3
 BUSY_PERCENT = 50
 
@@ -33,7 +34,7 @@ def collect_environment(project_root: Path = PROJECT_ROOT) -> Environment:
     unknown: dict[str, str] = {}
     sources = {
         "git_sha": lambda: _run("git", "-C", str(project_root), "rev-parse", "HEAD"),
-        "git_dirty": lambda: bool(_run("git", "-C", str(project_root), "status", "--porcelain")),
+        "git_dirty": lambda: bool(_run("git", "-C", str(project_root), "status", "--porcelain", "--", ".", *RESULTS)),
         "lock_file": lambda: _lock(project_root).name,
         "lock_sha256": lambda: hashlib.sha256(_lock(project_root).read_bytes()).hexdigest(),
         "gpus": lambda: tuple(_nvidia("name")),

@@ -143,6 +143,7 @@ class DeviceMemory(Explained):
 class Environment(Explained):
     """Where and with what the run ran.
 
+    git_dirty: whether anything but results (runs/, paper/) differed from the commit; in older runs anything at all.
     load_average: processes that wanted a core, over 1, 5 and 15 minutes before the start; empty in runs from before it
     was recorded.  cpu_busy_percent: of all cores, at work in the moment before the start, when nothing of the run was;
     0 in runs from before it was recorded.
