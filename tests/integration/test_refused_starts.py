@@ -63,11 +63,6 @@ def plugin_without(hook: str, folder: Path) -> dict[str, str]:
 """)
 
 
-def plugin_of_version(version: str, folder: Path) -> dict[str, str]:
-    """An installed plugin that is ours but calls itself another version."""
-    return other_plugin(folder, f"    kvtuner_sglang.__version__ = {version!r}")
-
-
 @pytest.mark.parametrize(
     ("hook", "sentence"),
     [
@@ -84,21 +79,12 @@ def test_a_hook_that_did_not_take(tiny_model, tmp_path, hook, sentence):
 @pytest.mark.parametrize(
     ("other", "environment", "sentence"),
     [
-        (["--enable-kvtuner-quant", "--kvtuner-nbits-key", "8", "--kvtuner-kv-gib", "0.05"], {}, "plan_hash"),
         (["--kvtuner-kv-gib", "0.05"], {}, "enabled"),
         ([], {"SGLANG_PLUGINS": "none"}, "install kvtuner-sglang"),
     ],
 )
 def test_nodes_that_differ(tiny_model, tmp_path, other, environment, sentence):
-    refuse_two_nodes(tiny_model, tmp_path, other, environment, sentence)
-
-
-def test_nodes_of_different_versions(tiny_model, tmp_path):
-    environment = plugin_of_version("0.0.9", tmp_path)
-    refuse_two_nodes(tiny_model, tmp_path, QUANTIZED, environment, "package_version '0.0.9'")
-
-
-def refuse_two_nodes(tiny_model, tmp_path, other, environment, sentence):
+    """In what else they can differ is in tests/plugin/test_startup_check.py."""
     port = free_port()
     flags = [two_nodes(port, *QUANTIZED, rank=0), two_nodes(port, *other, rank=1)]
     with nodes(tiny_model, flags, tmp_path, environments=[{}, environment]) as started:
