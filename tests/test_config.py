@@ -1,6 +1,7 @@
 """Every option of every group composes with every other, and wrong ones are one sentence that leaves nothing behind."""
 
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -229,11 +230,13 @@ def test_impossible_numbers_raise_for_library_users_too():
         load("dist=tp2", "dist.nnodes=3", "dist.hosts=[a,b,c]", "dist.http_ports=[0,0,0]")
 
 
-def test_help_shows_the_groups_and_an_example():
+def test_help_shows_the_groups_an_example_and_what_every_task_does():
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for text in ("quant=kv4 dist=tp2pp2", "kv2_token", "seed_report", "force=true"):
         assert text in done.stdout
+    explained = done.stdout.partition("== task=... ==")[2].partition("== Groups")[0]
+    assert not [task for task in options("task") if not re.search(rf"\b{task}\b.*  \w", explained)]
 
 
 def test_the_layouts_of_an_agreement_are_the_options_of_dist():

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from kvtuner_sglang.agreement.publish import publish, published
-from kvtuner_sglang.agreement.tidy import table_of, to_csv
+from kvtuner_sglang.agreement.tidy import table_of
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import (
     Environment,
@@ -19,6 +19,7 @@ from kvtuner_sglang.evidence.record import (
     file_sha256,
     write_record,
 )
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.measure.metrics import summarize
 
 
@@ -83,7 +84,7 @@ def test_a_row_a_layout_with_its_floor(folder):
     assert rows[5] == {
         "device": "Test GPU 80GB", "model": "m", "dtype": "float32", "quant": "kv4", "dist": "tp2pp2",
         "floor_mean": "0.02", "floor_max": "0.03", "mean": "0.03", "max": "0.05", "tokens": "2", "texts_equal": "30",
-        "prompts": "32", "within": "True", "commit": "abcdefabcdef"}
+        "prompts": "32", "within": "True", "commit": "abcdefabcdef", "run": "a"}
     assert rows[3]["floor_mean"] == ""
 
 

@@ -7,11 +7,12 @@ import pytest
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.forensics import publish as publish_module
 from kvtuner_sglang.forensics.claimed import claimed
 from kvtuner_sglang.forensics.publish import published, readme
 from kvtuner_sglang.forensics.report import paragraph
-from kvtuner_sglang.forensics.table import table_of, to_csv
+from kvtuner_sglang.forensics.table import table_of
 
 FOLDER = Path(__file__).parents[2] / "runs" / "published" / "forensics"
 

@@ -10,6 +10,7 @@ from kvtuner_sglang.errors import MeasurementInvalid, UserError
 from kvtuner_sglang.evidence.published import slug
 from kvtuner_sglang.evidence.record import load_record
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.kernel_bench.figures import figures, speedups
 from kvtuner_sglang.kernel_bench.metrics import (
     ACCURATE,
@@ -32,7 +33,7 @@ from kvtuner_sglang.kernel_bench.samples import (
     sample_of,
 )
 from kvtuner_sglang.kernel_bench.table import acceptance, cell_line, floor_us, verdict_line
-from kvtuner_sglang.kernel_bench.tidy import COLUMNS, FLOAT_FORMAT, table_of_run
+from kvtuner_sglang.kernel_bench.tidy import COLUMNS, table_of_run
 
 
 def samples_of(run_dir):
@@ -71,7 +72,7 @@ def test_a_published_folder_is_whole(invented_run, tmp_path):
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     frame = table_of_run(folder / gpu, load_record(folder / gpu))
     text = (folder / f"{gpu}.csv").read_text()
-    assert text == frame.to_csv(index=False, float_format=FLOAT_FORMAT)
+    assert text == to_csv(frame)
     assert tables(folder) == {f"{gpu}.csv": text}
 
 

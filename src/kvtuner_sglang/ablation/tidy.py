@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import require_comparable
 from kvtuner_sglang.evidence.record import RunRecord
 
 if TYPE_CHECKING:
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
 COLUMNS = ("machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token", "prompt_tokens",
            "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit", "run")
 CELL = ["machine", "model", "dist", "quant", "prompt_tokens", "concurrency"]
-ALIKE = ("workload", "server", "seed")
-FLOAT_FORMAT = "%.6g"
 
 
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:
@@ -47,26 +46,6 @@ def table_of(records: Iterable[RunRecord]) -> "pd.DataFrame":
     import pandas as pd
 
     records = list(records)
-    _require_comparable(records)
+    require_comparable(records)
     frame = pd.DataFrame([row for record in records for row in rows_of(record)], columns=list(COLUMNS))
     return frame.sort_values(CELL, kind="stable", ignore_index=True)
-
-
-def _require_comparable(records: list[RunRecord]) -> None:
-    """Raise UserError for two runs of one cell, or of one machine with unlike workload, server or seed."""
-    cells: dict[tuple[str, ...], RunRecord] = {}
-    first: dict[str, RunRecord] = {}
-    for record in records:
-        machine = record.environment.hardware
-        cell = (machine, *(record.config[part]["name"] for part in ("model", "dist", "quant")))
-        other = cells.setdefault(cell, record)
-        if other is not record:
-            raise UserError(f"{record.name} and {other.name} are both {cell[3]} on {cell[2]}: publish one of them.")
-        for part in ALIKE:
-            if record.config[part] != (like := first.setdefault(machine, record)).config[part]:
-                raise UserError(f"{record.name} has another {part} than {like.name}: publish runs that differ in "
-                                "model, quant and dist alone.")
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtuner_sglang.agreement.compare import FLOORS
-from kvtuner_sglang.agreement.tidy import table_of, to_csv
+from kvtuner_sglang.agreement.tidy import table_of
 from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs
 from kvtuner_sglang.evidence.record import RunRecord
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 
 CSV_FILE = "agreement.csv"
 README = f"""# Agreement of parallel layouts with one rank

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("device", "model", "dtype", "quant", "dist", "floor_mean", "floor_max", "mean", "max", "tokens",
-           "texts_equal", "prompts", "within", "commit")
+           "texts_equal", "prompts", "within", "commit", "run")
 CELL = ["device", "model", "dtype", "quant", "dist"]
-FLOAT_FORMAT = "%.6g"
 
 
 def device_of(record: RunRecord) -> str:
@@ -31,7 +30,7 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """One row for every layout of a run."""
     shared = {"device": device_of(record), "model": record.config["model"]["name"],
               "dtype": record.model.dtype if record.model else None, "quant": record.config["quant"]["name"],
-              "commit": (record.environment.git_sha or "unknown")[:12]}
+              "commit": (record.environment.git_sha or "unknown")[:12], "run": record.name}
     return [{**shared, **each} for each in rows(record.metrics)]
 
 
@@ -46,7 +45,3 @@ def table_of(records: Iterable[RunRecord]) -> "pd.DataFrame":
         raise UserError(f"two runs measured {row['model']} {row['dtype']} {row['quant']} on {row['dist']}: publish one "
                         "of them.")
     return frame.sort_values(CELL, kind="stable", ignore_index=True)
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))

@@ -12,6 +12,7 @@ from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, 
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 
 SUMS_FILE = "SHA256SUMS"
+ALIKE = ("workload", "server", "seed")  # what runs that are compared have in common
 
 
 def slug(gpu: str) -> str:
@@ -76,6 +77,26 @@ def publish_runs(run_dirs: Sequence[Path], folder: Path, task: str,
     for name, text in texts.items():
         (folder / name).write_text(text)
     return [*(folder / name for name in texts), write_sums(folder)]
+
+
+def require_comparable(records: Sequence[RunRecord], apart: Sequence[str] = ()) -> None:
+    """Raise UserError for two runs of one cell, or for runs of one machine with unlike workload, server or seed.
+
+    A cell is a machine, model, dist and quant.  apart: further parts of the configuration, "workload" for example, that
+    by their names make cells and comparisons of their own.
+    """
+    cells: dict[tuple[str, ...], RunRecord] = {}
+    first: dict[tuple[str, ...], RunRecord] = {}
+    for record in records:
+        of_machine = (record.environment.hardware, *(record.config[part]["name"] for part in apart))
+        model, dist, quant = (record.config[part]["name"] for part in ("model", "dist", "quant"))
+        other = cells.setdefault((*of_machine, model, dist, quant), record)
+        if other is not record:
+            raise UserError(f"{record.name} and {other.name} are both {quant} on {dist}: publish one of them.")
+        for part in ALIKE:
+            if record.config[part] != (like := first.setdefault(of_machine, record)).config[part]:
+                raise UserError(f"{record.name} has another {part} than {like.name}: publish runs that differ in "
+                                "model, quant and dist alone.")
 
 
 def publish_main(help_text: str | None, arguments: Sequence[str],

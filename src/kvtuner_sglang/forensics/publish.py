@@ -11,10 +11,11 @@ from pathlib import Path
 
 from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.forensics.claimed import claimed
 from kvtuner_sglang.forensics.figure import write_figure
 from kvtuner_sglang.forensics.report import memory_table, paragraph, sections
-from kvtuner_sglang.forensics.table import TABLE_FILE, table_of, to_csv
+from kvtuner_sglang.forensics.table import TABLE_FILE, table_of
 from kvtuner_sglang.report.ablation import command_line
 
 PARAGRAPH_FILE, README_FILE = "paragraph.md", "README.md"

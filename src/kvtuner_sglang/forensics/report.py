@@ -5,9 +5,10 @@ from pathlib import Path
 
 from kvtuner_sglang.evidence.record import KVRecord, Metric, RunRecord, load_record
 from kvtuner_sglang.evidence.sweep import markdown_table
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.forensics.claimed import Claimed, claimed
 from kvtuner_sglang.forensics.figure import write_figure
-from kvtuner_sglang.forensics.table import TABLE_FILE, table_of, to_csv
+from kvtuner_sglang.forensics.table import TABLE_FILE, table_of
 from kvtuner_sglang.forensics.text_en import TEXT as ENGLISH
 from kvtuner_sglang.measure.hardware import PEAKS
 from kvtuner_sglang.report.console import print_summary

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("run", "test", "level", "series", "unit", "n", "mean", "min", "max", "machine", "commit")
-FLOAT_FORMAT = "%.6g"
 TABLE_FILE = "forensics.csv"
 TTFT, LATENCY, RATE = "ttft", "latency", "rate"  # level: prompt tokens, then requests at once
 CLAIMED, CLAIMED_FLOOR = "claimed by the seed report", "floor of the seed's four RTX 4090"
@@ -57,7 +56,3 @@ def table_of(records: Sequence[RunRecord]) -> "pd.DataFrame":
     frame = pd.DataFrame(found, columns=list(COLUMNS))
     frame["n"] = frame["n"].astype("Int64")
     return frame
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return frame.to_csv(index=False, float_format=FLOAT_FORMAT)

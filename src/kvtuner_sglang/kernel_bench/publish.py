@@ -12,7 +12,8 @@ from pathlib import Path
 from kvtuner_sglang.evidence.published import copy_run, publish_main, publishable, slug, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
-from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run, to_csv
+from kvtuner_sglang.evidence.tidy_tables import to_csv
+from kvtuner_sglang.kernel_bench.tidy import gpu_of, table_of_run
 
 
 def publish(run_dir: Path, folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("gpu", "kernel", "format", "key_axis", "q_heads", "kv_heads", "head_dim", "page", "batch", "context",
            "median_us", "p20_us", "p80_us", "bytes", "floor_us", "commit")
-FLOAT_FORMAT = "%.6g"
 
 
 def tidy(samples: Sequence[Sample], gpu: str, commit: str) -> "pd.DataFrame":
@@ -44,7 +43,3 @@ def gpu_of(record: RunRecord) -> str:
 def table_of_run(run_dir: Path, record: RunRecord) -> "pd.DataFrame":
     samples = [sample_of(line) for line in read_samples(run_dir)]
     return tidy(samples, gpu_of(record), (record.environment.git_sha or "unknown")[:12])
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))

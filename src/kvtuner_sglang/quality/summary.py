@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import write_sums
 from kvtuner_sglang.evidence.record import RunRecord, load_record
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ COLUMNS = (
 )
 OPTIONAL = ("recall_full", "recall_difference", "recall_difference_low", "recall_difference_high", "arithmetic_full")
 CSV_FILE = "summary.csv"
-FLOAT_FORMAT = "%.6g"
 AXES = {0: "token", 1: "channel"}
 
 
@@ -88,7 +88,7 @@ def summarize(folder: Path) -> "pd.DataFrame":
 
 def tables(folder: Path) -> dict[str, str]:
     """{file name: text} of what the records of a published folder give."""
-    return {CSV_FILE: summarize(folder).to_csv(index=False, float_format=FLOAT_FORMAT)}
+    return {CSV_FILE: to_csv(summarize(folder))}
 
 
 def write_summary(folder: Path) -> Path:

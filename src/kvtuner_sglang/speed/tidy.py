@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 COLUMNS = ("gpu", "model", "dist", "quant", "backend", "workload", "batch", "context", "kv_tokens", "decode_tok_s",
            "ttft_ms", "tpot_ms", "commit", "run")
 CELL = ["model", "dist", "quant", "backend", "workload", "batch", "context"]
-FLOAT_FORMAT = "%.6g"
 DECODE = {"decode_tok_s": ("decode", "tpot_ms"), "saturation_decode_tok_s": ("saturation", "saturation_tpot_ms")}
 TTFT = {"ttft_ms": "ttft", "ttft_cached_ms": "ttft_cached"}
 
@@ -73,7 +72,3 @@ def table_of(records: Iterable[RunRecord]) -> "pd.DataFrame":
         raise UserError(f"two runs measured {row['quant']} ({row['backend']}) at {row['workload']} {row['batch']} x "
                         f"{row['context']}: publish one of them.")
     return frame.sort_values(CELL, kind="stable", ignore_index=True)
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format=FLOAT_FORMAT))

@@ -14,6 +14,7 @@ from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs, write_sums
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.samples import read_samples
+from kvtuner_sglang.evidence.tidy_tables import to_csv
 from kvtuner_sglang.quality.compare import share
 from kvtuner_sglang.quant import load_plan
 from kvtuner_sglang.tuner.figures import of_kind, write_figures
@@ -67,10 +68,6 @@ def _require_own_plan(run_dir: Path, tuned: dict[str, Any]) -> None:
     if ([pair_name(fmt) for fmt in plan.any_formats()] != tuned["plan"]
             or plan.page_size not in (None, tuned["page_size"])):
         raise UserError(f"{run_dir / PLAN_FILE} is not the plan of the run's samples: repeat the run with force=true.")
-
-
-def to_csv(frame: "pd.DataFrame") -> str:
-    return str(frame.to_csv(index=False, float_format="%.6g"))
 
 
 def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
