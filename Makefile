@@ -14,10 +14,12 @@ ARGS ?=
 run: setup
 	@.venv/bin/python run.py $(ARGS)
 
+# First what can share the machine, two tests at a time; then what serves or waits for processes, one by one.
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow and not alone" $(ARGS)
+	.venv/bin/python -m pytest -m "not gpu and not slow and alone" $(ARGS)
 
 test-slow: setup
 	.venv/bin/python -m pytest -m "not gpu and slow" $(ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_sglang import command_line
+from kvtuner_sglang.config_checks import OWNED, READ_BY
 from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +214,11 @@ def test_wrong_options_are_one_sentence(words, part, tmp_path, monkeypatch, caps
     assert said.err.count("\n") == 1
     assert part in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_every_task_it_is_known_what_it_reads():
+    assert sorted(READ_BY) == options("task")
+    assert set(itertools.chain(*READ_BY.values())) - {"server.device"} == set(OWNED)
 
 
 def test_a_bad_job_stops_a_sweep_before_its_first_job(tmp_path):

@@ -1,6 +1,9 @@
 """The default model behind the real engine with packed keys and values."""
 
+import pytest
 import requests
+
+pytestmark = pytest.mark.alone
 
 
 def generate(server, text, tokens, **options):
@@ -27,6 +30,15 @@ def test_every_rank_shows_our_pool_within_its_budget(kv4_server):
     assert rank["pool_bytes"] + rank["tail_bytes"] <= state["kv_gib"] * 2**30
     by_formula = (state["kv_gib"] * 2**30 - rank["tail_bytes"]) / rank["bytes_per_token"]
     assert 0.97 * by_formula <= kv4_server.server_info["max_total_num_tokens"] <= by_formula
+
+
+def test_the_log_says_once_a_rank_that_the_plugin_is_in_force(kv4_server):
+    (log,) = kv4_server.log_paths
+    (line,) = [line for line in log.read_text().splitlines() if "kvtuner: keys and values are packed" in line]
+    rank = kv4_server.ranks[0]
+    for part in ("K 4 bit per channel", "; V 4 bit per token", "; 4.5 bits an element", "layers 0-29, ",
+                 f"{8 * rank['bytes_per_token']:.0f} bits a token", "pages of 64 tokens", "attention reference."):
+        assert part in line
 
 
 def test_a_second_request_reads_the_cached_pages(kv4_server):

@@ -2,9 +2,11 @@
 rank and on four is in test_parallel_equality.py.
 """
 
+import pytest
 import requests
 from launch import nodes, wait_ready
 
+pytestmark = pytest.mark.alone
 PLAN = """
 model: {architecture: LlamaForCausalLM, layers: 2, kv_heads: 2, head_dim: 32}
 layers:

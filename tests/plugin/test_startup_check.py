@@ -1,12 +1,15 @@
 """What the check at the end of every start does to servers that ask nothing of the plugin."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from torch.distributed import HashStore
 
+import kvtuner_sglang
 from kvtuner_sglang.errors import ConfigError
 from kvtuner_sglang.plugin import sizing, startup_check
 from kvtuner_sglang.plugin.options import KvtunerOptions
@@ -58,6 +61,48 @@ def test_what_was_asked_of_the_plugin_is_compared_over_all_ranks(options, monkey
     monkeypatch.setattr(startup_check, "refusing_in_one_sentence", nullcontext)  # it ends the launcher
     with pytest.raises(ConfigError, match="rank 1 on node 1 has enabled 2 but rank 0 has 1"):
         startup_check.after_get_init_info({}, scheduler)
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    """announced(options, ...): the ranks of one start, each on a node of its own, say what they were asked for.
+
+    An option of None is a rank without the plugin.  How it goes over real processes is in tests/integration.
+    """
+    store = HashStore()
+    monkeypatch.setattr(startup_check, "_store", lambda: store)
+
+    def announce(*options, versions=("1", "1")):
+        monkeypatch.setattr(startup_check.dist, "get_world_size", lambda: len(options))
+        for rank, (asked, version) in enumerate(zip(options, versions, strict=True)):
+            monkeypatch.setattr(startup_check.dist, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(kvtuner_sglang, "__version__", version)
+            if asked is not None:
+                args = SimpleNamespace(_kvtuner=asked, node_rank=rank, page_size=64, device="cuda")
+                startup_check.announce(SimpleNamespace(server_args=args,
+                                                       model_config=SimpleNamespace(num_hidden_layers=2)))
+        startup_check.compare_announcements()
+
+    return announce
+
+
+KV4, KV8 = (KvtunerOptions(enable_kvtuner_quant=True, kvtuner_nbits_key=bits, kvtuner_nbits_value=4,
+                           kvtuner_kv_gib=1) for bits in (4, 8))
+
+
+@pytest.mark.parametrize(("other", "version", "sentence"), [
+    (KV8, "1", "has plan_hash '.*' but rank 0 has"), (KvtunerOptions(kvtuner_kv_gib=1), "1", "has enabled False"),
+    (replace(KV4, kvtuner_kv_gib=2), "1", "has kv_gib 2"), (KV4, "0.0.9", "has package_version '0.0.9'"),
+    (replace(KV4, kvtuner_attention="reference"), "1", "has attention_asked 'reference'"),
+    (None, "1", "rank 1 runs without kvtuner-sglang: install"),
+])
+def test_ranks_that_were_asked_for_different_things_do_not_start(announced, other, version, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        announced(KV4, other, versions=("1", version))
+
+
+def test_ranks_that_were_asked_for_the_same_start(announced):
+    announced(KV4, KV4)
 
 
 def test_quantization_with_another_pool_stops():

@@ -12,6 +12,7 @@ from kvtuner_sglang.errors import MeasurementInvalid, RunFailed
 from kvtuner_sglang.quality import engine_process, measure
 from kvtuner_sglang.quality.engine_spec import EngineResult, EngineSpec, Questions
 
+pytestmark = pytest.mark.alone
 SPEC = EngineSpec(
     model_path="/model", device="cpu", dtype="float32", plugin={"kvtuner_kv_gib": 1.0}, page_size=None,
     context_length=256, max_running_requests=2, chunked_prefill_tokens=64, seed=0, windows=[[1, 2, 3]],

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[2]
 LONG_RUN = ("quant=kv4", "workload=smoke", "workload.ttft.repeats=1000", "tracking=disabled")
 MEASURING = "time to first token: round 1"

@@ -14,6 +14,8 @@ from kvtuner_sglang.serving import liveness as module
 from kvtuner_sglang.serving.abort import Abort
 from kvtuner_sglang.serving.liveness import Liveness, process_state
 
+pytestmark = pytest.mark.alone
+
 
 class Beating(threading.Thread):
     """Writes the beat of one rank five times a second until stopped."""

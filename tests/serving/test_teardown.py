@@ -14,6 +14,7 @@ import pytest
 from kvtuner_sglang.serving.launcher import RUN_MARK
 from kvtuner_sglang.serving.teardown import stop_nodes
 
+pytestmark = pytest.mark.alone
 EVERYTHING = ("child", "session", "orphan")
 
 
@@ -94,7 +95,7 @@ def test_when_the_runner_itself_is_ended(tmp_path: Path, hear_ctrl_c, number: si
     stubborn = Path(__file__).with_name("stubborn.py")
     runner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PARENT), str(stubborn), str(tmp_path)],
                               stderr=subprocess.DEVNULL, preexec_fn=hear_ctrl_c)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not all((tmp_path / f"{role}.pid").exists() for role in ("main", "child", "session")):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -14,6 +14,7 @@ from kvtuner_sglang.evidence.samples import read_samples
 from kvtuner_sglang.speed import plan
 from kvtuner_sglang.tasks import speed
 
+pytestmark = pytest.mark.alone
 CONF = Path(__file__).parents[2] / "conf"
 ON_CPU = ("server.device=cpu", "server.kv_gib=0.05", "tracking=disabled")
 

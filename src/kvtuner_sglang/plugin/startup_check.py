@@ -7,6 +7,7 @@ every rank reports what it allocated.
 """
 
 import json
+import logging
 import os
 import socket
 from datetime import timedelta
@@ -22,6 +23,9 @@ from kvtuner_sglang.plugin.options import KvtunerOptions, options_of
 from kvtuner_sglang.plugin.pool import PackedKVPool
 from kvtuner_sglang.plugin.refusal import refusing_in_one_sentence
 from kvtuner_sglang.quant import KVShape, describe_plan, format_hash
+from kvtuner_sglang.quant.layer_numbers import layer_text
+
+logger = logging.getLogger(__name__)
 
 # Ranks may capture graphs or compile kernels for minutes before they report; one that died ends the start anyway.
 REPORT_TIMEOUT_S = 900
@@ -63,11 +67,12 @@ def after_get_init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any
     if not options.enabled and type(pool) is not MHATokenToKVPool:
         return result
     with refusing_in_one_sentence():
-        states = [rank_state(scheduler)]
-        if options.enabled or options.kvtuner_kv_gib is not None:
-            states = _gather(states[0])
+        own = rank_state(scheduler)
+        states = _gather(own) if options.enabled or options.kvtuner_kv_gib is not None else [own]
         compare(states, SAME_ON_ALL_RANKS)
     result["kvtuner"] = _summary(scheduler, options, states)
+    if options.enabled:
+        logger.info("%s", _in_force(result["kvtuner"], own))
     return result
 
 
@@ -168,3 +173,11 @@ def _summary(scheduler: Any, options: KvtunerOptions, states: list[dict[str, Any
         "measurement": options.measurement_only,
         "ranks": states,
     }
+
+
+def _in_force(summary: dict[str, Any], own: dict[str, Any]) -> str:
+    """What the log of a rank says once its pool is as asked for."""
+    first, end = own["layers"]
+    return (f"kvtuner: keys and values are packed: {summary['format']}; {summary['effective_bits']:g} bits an element; "
+            f"this rank has layers {layer_text(range(first, end))}, {8 * own['bytes_per_token']:.0f} bits a token, "
+            f"pages of {own['page_size']} tokens, attention {own['attention']}.")
