@@ -35,6 +35,13 @@ def test_bars_are_the_rows_under_most_load_and_a_missing_job_has_none(measure: s
     assert shown == EXPECTED[measure]
 
 
+def test_a_plan_is_not_drawn_nor_named() -> None:
+    plan = table().query("quant == 'kv4'").assign(quant="plan_x", dist="pp2", commit="other")
+    figure = served_figure(pd.concat([table(), plan]))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["single", "tp2"]
+    assert "other" not in figure.get_suptitle()
+
+
 def test_labels_name_the_load() -> None:
     labels = [ax.get_ylabel() for ax in served_figure(table()).axes]
     assert "50 tokens" in labels[1]
