@@ -60,7 +60,7 @@ class StoreCase:
 
     def store(self, items: torch.Tensor) -> None:
         store_extend(self.key, self.value, self.keys, self.values, self.tail_key, self.tail_value, self.req_to_token,
-                     self.slots, self.seq_lens, self.new_lens, self.rows, items.to(self.key.device), self.queries)
+                     self.slots, items.to(self.key.device), self.queries)
 
     @property
     def queries(self) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """Store new keys and values of per-token formats, one launch a layer: quantize, pack, write each to its own place.
 
-The formulas and their exactness are those of store.py, over groups of channels of one token; the bytes are in the plain
-order of layout.py.  The grid depends on the number of tokens alone; padded tokens have location 0, which is in page 0.
+The formulas and their exactness are those of rounding.py, over groups of channels of one token; the bytes are in the
+plain order of layout.py.  The grid depends on the number of tokens alone; padded tokens have location 0, which is in
+page 0.
 
     key, value (tokens, kv_heads, D), rows strided; locations = out_cache_loc (tokens), any integer type
     codes (pages, kv_heads, page, D * bits / 8) uint8; meta (pages, kv_heads, page, groups, 1 or 2) fp16
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvtuner_triton.decode import PackedPages
-from kvtuner_triton.store import quantize, scale_and_zero
+from kvtuner_triton.rounding import quantize, scale_and_zero
 
 BLOCK = 16  # tokens a program
 

@@ -1,4 +1,4 @@
-"""The kernels compile for Hopper without a GPU.
+"""The kernels compile for Hopper, and those that other cards run for them too, without a GPU.
 
 For the Gluon kernel that is more than syntax: every layout conversion in it asserts that no data moves between lanes
 (hopper_operands.py), so a wrong fragment order does not compile.
@@ -20,19 +20,21 @@ from kvtuner_triton.prefix import PrefixTuning, prefix_kernel, prefix_tuning
 # key bits, boosted, value bits, head_dim, page, tokens a step
 SHAPES = ((4, True, 4, 128, 64, 64), (4, True, 4, 64, 128, 32), (8, False, 2, 64, 128, 32))
 FORMATS = ((4, 4, 128, 64, True), (4, 8, 64, 128, True), (2, 4, 128, 128, False))  # key and value bits, .., boosted
+# key bits, boosted, value bits, dtype, sm
+STORES = ((4, True, 8, "bf16", 90), (4, False, 2, "fp16", 90), (2, True, 4, "fp32", 90), (4, True, 4, "bf16", 80))
 TILES = ((4, 64, 128, "bf16"), (7, 64, 128, "bf16"), (1, 128, 64, "fp16"), (2, 0, 128, "bf16"), (1, 64, 128, "fp32"))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def ptx_for_hopper(kernel, constants: dict, types: dict[str, str], warps: int, stages: int = 2,
-                   source: type = ASTSource) -> str:
+def ptx_of(kernel, constants: dict, types: dict[str, str], warps: int, stages: int = 2,
+                   source: type = ASTSource, sm: int = 90) -> str:
     """types: of what is not a constant nor *i32; pointers and the strides of rows are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if signature[name].startswith("*") or (name.endswith("_stride") and name != "table_stride")}
     options = {"num_warps": warps, "num_stages": stages}
-    return compile_kernel(source(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32),
+    return compile_kernel(source(kernel, signature, constants, aligned), target=GPUTarget("cuda", sm, 32),
                           options=options).asm["ptx"]
 
 
@@ -48,20 +50,21 @@ def decode_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, pag
     if not boosted:
         constants["key_extra"] = None
     types = typed(bf16="q_ptr tail_key tail_value", fp32="partial lse", fp32_="sm_scale", i32_="batch table_stride")
-    return ptx_for_hopper(decode_kernel, constants, types, 1, source=GluonASTSource)
+    return ptx_of(decode_kernel, constants, types, 1, source=GluonASTSource)
 
 
-def store_ptx(key_bits: int, boosted: bool, value_bits: int, head_dim: int, page: int, decode: bool) -> str:
-    constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
-                 "VALUE_BITS": value_bits, "VALUE_META": 1, "DECODE": decode, "GROUP": 7 if boosted else 0}
+def store_ptx(key_bits: int, boosted: bool, value_bits: int, dtype: str, sm: int, head_dim: int, page: int,
+              decode: bool) -> str:
+    constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "TOKENS": page * 64 // head_dim, "KEY_BITS": key_bits,
+                 "KEY_META": 2, "VALUE_BITS": value_bits, "VALUE_META": 1, "GROUP": 7 if boosted else 0,
+                 "SM90": sm >= 90}
     if not boosted:
         constants |= {"q": None, "key_extra": None}
-    if decode:
-        constants |= dict.fromkeys(("items", "new_lens", "rows"))
-    types = typed(bf16="q key value tail_key tail_value", u8="key_codes key_extra value_codes",
-                  fp16="key_meta value_meta", i64="slots seq_lens",
-                  i32_="q_stride key_stride value_stride table_stride")
-    return ptx_for_hopper(store.page_kernel, constants, types, page // 16)
+    types = {name: f"*{dtype}" for name in ("q", "key", "value", "tail_key", "tail_value")}
+    types |= typed(u8="key_codes key_extra value_codes", fp16="key_meta value_meta", i64="slots seq_lens",
+                   i32_="q_stride key_stride value_stride table_stride")
+    kernel, warps = (store.step_kernel, store.STEP_WARPS) if decode else (store.extend_kernel, store.EXTEND_WARPS)
+    return ptx_of(kernel, constants, types, warps * page // 64, sm=sm)
 
 
 UNPACKED = typed(bf16="key_out value_out", u8="key_codes value_codes extra", fp16="key_meta value_meta",
@@ -71,13 +74,13 @@ UNPACKED = typed(bf16="key_out value_out", u8="key_codes value_codes extra", fp1
 def unpack_ptx(key_bits: int, value_bits: int, head_dim: int, page: int, boost: bool) -> str:
     constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_META": 2,
                  "VALUE_BITS": value_bits, "VALUE_META": 1, "BOOST": boost} | ({} if boost else {"extra": None})
-    return ptx_for_hopper(unpack.page_kernel, constants, UNPACKED, page // 16)
+    return ptx_of(unpack.page_kernel, constants, UNPACKED, page // 16)
 
 
 def unpack_token_ptx(key_bits: int, value_bits: int, head_dim: int, page: int) -> str:
     constants = {"KV_HEADS": 4, "D": head_dim, "PAGE": page, "KEY_BITS": key_bits, "KEY_GROUPS": 1, "KEY_META": 2,
                  "VALUE_BITS": value_bits, "VALUE_GROUPS": 2, "VALUE_META": 1, "T": unpack.BLOCK}
-    return ptx_for_hopper(unpack.token_kernel, constants, UNPACKED, 4)
+    return ptx_of(unpack.token_kernel, constants, UNPACKED, 4)
 
 
 def prefix_ptx(group: int, page: int, head_dim: int, dtype: str) -> str:
@@ -87,7 +90,7 @@ def prefix_ptx(group: int, page: int, head_dim: int, dtype: str) -> str:
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "tail_key", "tail_value", "scratch_key",
                                             "scratch_value")}
     types |= typed(i32_="q_stride k_stride v_stride out_stride", fp32_="log2_scale")
-    return ptx_for_hopper(prefix_kernel, constants, types, tuning.warps, tuning.stages)
+    return ptx_of(prefix_kernel, constants, types, tuning.warps, tuning.stages)
 
 
 def test_the_kernels_compile_for_hopper():
@@ -101,8 +104,10 @@ if __name__ == "__main__":
         ptx = decode_ptx(*shape)
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert ".local" not in ptx  # no array of a lane's lives in memory
-    for boosted in (True, False):
-        store_ptx(4, boosted, 8, 128, 64, decode=boosted)
+    for i, fmt in enumerate(STORES):
+        ptx = store_ptx(*fmt, 128, 64, decode=i % 2 == 1)
+        assert "ld.global.v4.b32" in ptx or fmt[3] == "fp32"
+        assert ("min.u16x2" in ptx) == (fmt[4] >= 90)
     for fmt in FORMATS:
         ptx = unpack_ptx(*fmt)
         assert "ld.global.v4.b32" in ptx  # codes, 16 bytes a lane

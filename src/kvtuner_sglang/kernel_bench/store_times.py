@@ -47,7 +47,6 @@ class StoreCase:
     slots: torch.Tensor
     seq_lens: torch.Tensor
     locations: torch.Tensor
-    first_row: torch.Tensor
     items: torch.Tensor
 
     @property
@@ -85,8 +84,7 @@ class StoreCase:
         if not self.store.fmt.key.per_channel:
             store_by_location(key, value, keys, values, self.locations)
         elif self.work == "extend":
-            store_extend(key, value, keys, values, tail_key, tail_value, self.table, self.slots, self.seq_lens,
-                         self.seq_lens, self.first_row, self.items, q)
+            store_extend(key, value, keys, values, tail_key, tail_value, self.table, self.slots, self.items, q)
         else:
             store_decode(key, value, keys, values, tail_key, tail_value, self.table, self.slots, self.seq_lens, q)
 
@@ -112,7 +110,7 @@ def store_case(shape: Shape, store: Storage, work: str, tokens: int, layers: int
     items = extend_items([tokens], [tokens], BLOCK)[0].to(device)
     locations = table[1, :tokens] if work == "extend" else table[slots, seq_lens - 1]
     return StoreCase(shape, store, work, rows, pools, tails.bfloat16(), table, slots, seq_lens, locations.long(),
-                     torch.zeros(1, dtype=torch.int32, device=device), items)
+                     items)
 
 
 def _pool(store: Storage, layout: KVShape, pages: int, device: str) -> tuple[PackedPages, PackedPages]:

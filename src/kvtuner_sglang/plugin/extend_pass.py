@@ -32,9 +32,6 @@ class ExtendPass:
 
     tokens: int
     slots: torch.Tensor
-    seq_lens: torch.Tensor
-    new_lens: torch.Tensor
-    rows: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     groups: tuple[ScratchGroup, ...]
@@ -57,10 +54,8 @@ def plan_extend(forward_batch: Any, page: int | None, tuning: PrefixTuning, scra
         requests[:, 3] += int(rows[part.start])
         blocks = unpack_blocks(numbers, stored[part].tolist(), page or BLOCK)
         groups.append(ScratchGroup(_with_slots(blocks, slots), _with_slots(requests, slots), _on(tiles, device)))
-    items = extend_items(ends.tolist(), new.tolist(), page) if page else 2 * (torch.empty((0, 2), dtype=torch.int32),)
-    return ExtendPass(int(new.sum()), slots, _on(torch.from_numpy(ends), device), _on(torch.from_numpy(new), device),
-                      _on(torch.from_numpy(rows.astype(np.int32)), device), _on(items[0], device),
-                      _on(items[1], device), tuple(groups))
+    items = extend_items(ends.tolist(), new.tolist(), page) if page else 2 * (torch.empty((0, 5), dtype=torch.int32),)
+    return ExtendPass(int(new.sum()), slots, _on(items[0], device), _on(items[1], device), tuple(groups))
 
 
 def scratch_groups(stored: Sequence[int], limit: int) -> list[slice]:

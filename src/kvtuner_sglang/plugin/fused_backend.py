@@ -115,7 +115,7 @@ class FusedBackend(AttentionBackend):
             self._attend(q, k, v, mine, layer.scaling, out, (None, None))
             return out.flatten(1)
         tails = self.pool.layer(layer.layer_id).tails
-        where = (*tails, self.req_to_token, now.slots, now.seq_lens, now.new_lens, now.rows)
+        where = (*tails, self.req_to_token, now.slots)
         store_extend(k, v, mine.keys, mine.values, *where, now.before, q)
         self._attend(q, k, v, mine, layer.scaling, out, tails)
         store_extend(k, v, mine.keys, mine.values, *where, now.after, q)
