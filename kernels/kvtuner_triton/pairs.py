@@ -24,9 +24,10 @@ def even(w, dtype: tl.constexpr):
     """fp32 of the even channels of words of `dtype`."""
     if dtype == tl.bfloat16:
         return (w << 16).to(tl.float32, bitcast=True)
-    if dtype == tl.float16:
+    elif dtype == tl.float16:
         return w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return w.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return w.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -34,9 +35,10 @@ def odd(w, dtype: tl.constexpr):
     """fp32 of the odd channels of words of `dtype`."""
     if dtype == tl.bfloat16:
         return (w & -65536).to(tl.float32, bitcast=True)
-    if dtype == tl.float16:
+    elif dtype == tl.float16:
         return (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return (w >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return (w >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

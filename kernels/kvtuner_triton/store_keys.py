@@ -120,10 +120,13 @@ def store_boosted_keys(w, part, codes, meta, query, extra, D: tl.constexpr, PAGE
 @triton.jit
 def square_sums(query, pair, D: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
     """Sum over the query heads of q^2, (pairs) fp32 of even channels and of odd ones."""
-    head = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
-    w = tl.load(query + head * (D // 2) + pair[None, :], mask=head < GROUP, other=0)
-    a, b = even(w, dtype), odd(w, dtype)
-    return gather_two(tl.sum(a * a, axis=0), tl.sum(b * b, axis=0), pair)
+    x, y = tl.zeros([PAIRS], tl.float32), tl.zeros([PAIRS], tl.float32)
+    for head in tl.static_range(GROUP):
+        w = tl.load(query + head * (D // 2) + pair)
+        a, b = even(w, dtype), odd(w, dtype)
+        x += a * a
+        y += b * b
+    return x, y
 
 
 @triton.jit
