@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def ptx_of(kernel, constants: dict, types: dict[str, str], warps: int, stages: int = 2,
-                   source: type = ASTSource, sm: int = 90) -> str:
+           source: type = ASTSource, sm: int = 90) -> str:
     """types: of what is not a constant nor *i32; pointers and the strides of rows are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
