@@ -16,15 +16,20 @@ def stored(case):
     return case.keys.codes, case.keys.meta, case.keys.extra, case.values.codes, case.values.meta
 
 
+def bits(*tensors):
+    """Copies to compare bit for bit: NaN, too, equals itself."""
+    return [x.contiguous().view(torch.uint8).clone() for x in tensors]
+
+
 def test_replays_with_other_lengths_slots_and_pages(device):
     cases = [random_case(lengths, **SHAPE, seed=i, device=device)
              for i, lengths in enumerate(([64, 900, 65, 1], [1000, 64, 128, 2], [1, 1, 1, 1]))]
     first = cases[0]
     rows = max(c.req_to_token.shape[1] for c in cases)
-    pages = max(len(c.keys.codes) for c in cases)
+    pages = max(len(c.keys.codes) for c in cases)  # and one more for each request that completes one
     slots, seq_lens = first.slots.clone(), first.seq_lens.clone()
     table = torch.zeros(6, rows, dtype=torch.int32, device=device)
-    buffers = [torch.zeros(pages, *x.shape[1:], dtype=x.dtype, device=device)
+    buffers = [torch.zeros(pages + 4, *x.shape[1:], dtype=x.dtype, device=device)
                for x in stored(first)]
     keys, values = PackedPages(4, *buffers[:3]), PackedPages(4, *buffers[3:])
     q, tail_key, tail_value = (x.clone() for x in (first.q, first.tail_key, first.tail_value))
@@ -40,15 +45,16 @@ def test_replays_with_other_lengths_slots_and_pages(device):
         table[:, :case.req_to_token.shape[1]] = case.req_to_token
         for buffer, x in zip(buffers, stored(case), strict=True):
             buffer[:len(x)] = x
+            buffer[len(x):] = 0
         last = (case.seq_lens - 1) % 64
         for tail, source, new in ((tail_key, case.tail_key, new_key), (tail_value, case.tail_value, new_value)):
             tail.copy_(source)
             new.copy_(source[case.slots, last])
             tail[case.slots, last] = float("nan")
-        # A page completed in this step may be written anywhere that nothing reads: the padding page.
+        # A page completed in this step is written where nothing reads: to a page of the request's own.
         for b in ((case.seq_lens % 64) == 0).nonzero().flatten().tolist():
-            end = int(case.seq_lens[b])
-            table[int(case.slots[b]), end - 64:end] = torch.arange(64, device=device, dtype=torch.int32)
+            slot, end, place = int(case.slots[b]), int(case.seq_lens[b]), (pages + b) * 64
+            table[slot, end - 64:end] = torch.arange(place, place + 64, device=device, dtype=torch.int32)
         out.fill_(float("nan"))
 
     def step():
@@ -65,9 +71,12 @@ def test_replays_with_other_lengths_slots_and_pages(device):
     for case in (*cases[1:], first):
         load(case)
         graph.replay()
-        replayed = out.clone()
+        replayed, left = out.clone(), bits(*buffers, tail_key, tail_value)
         load(case)
         step()
         assert torch.equal(replayed, out)
+        assert all(map(torch.equal, left, bits(*buffers, tail_key, tail_value)))
+        for b, end in enumerate(case.seq_lens.tolist()):
+            assert [bool(x[pages + b].any()) for x in buffers] == [end % 64 == 0] * 5
         truth = attend(case, torch.float64)
         assert relative_error(out, truth) <= 2 * relative_error(attend(case, torch.bfloat16), truth)
