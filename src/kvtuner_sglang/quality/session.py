@@ -8,6 +8,7 @@ session that runs out of minutes stops its jobs, reports what is there and exits
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,26 +74,45 @@ def build_jobs(arguments: argparse.Namespace, out: Path) -> list[Job]:
 
 
 def run_jobs(jobs: list[Job], at_once: int, deadline: float) -> bool:
-    """Whether all ended in time; none is left running."""
+    """Whether all ended in time; raises SystemExit if a signal asked to stop.  None is left running either way."""
     waiting = list(jobs)
-    started: list[Job] = []
+
+    def unfinished() -> bool:
+        return bool(waiting) or any(job.running for job in jobs)
+
+    with _signals_noted() as noted:
+        try:
+            while unfinished() and not noted and time.monotonic() <= deadline:
+                while waiting and not noted and sum(job.running for job in jobs) < at_once:
+                    job = waiting.pop(0)
+                    job.start()
+                    _say(f"{job.name} started")
+                time.sleep(POLL_S)
+            in_time = not unfinished()
+        finally:
+            for job in jobs:
+                job.stop()
+            for job in jobs:
+                if job.process is not None:
+                    job.process.wait()
+        if noted:
+            raise SystemExit(128 + noted[0])
+    return in_time
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Signals that ask to stop, as they came: none interrupts a start, which would orphan its run, nor the waiting."""
+    noted: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: noted.append(number))
     try:
-        while waiting or any(job.running for job in started):
-            if time.monotonic() > deadline:
-                return False
-            while waiting and sum(job.running for job in started) < at_once:
-                job = waiting.pop(0)
-                job.start()
-                started.append(job)
-                _say(f"{job.name} started")
-            time.sleep(POLL_S)
-        return True
+        yield noted
     finally:
-        for job in started:
-            job.stop()
-        for job in started:
-            if job.process is not None:
-                job.process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def records(runs: Path) -> list[RunRecord]:
@@ -176,14 +197,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    _given = _arguments()
+def command() -> None:
+    """This module as a command: it exits, and tells a user who stopped it what became of the runs."""
+    given = _arguments()
     try:
         with termination_raises():
-            code = main(_given)
+            code = main(given)
     except UserError as error:
         sys.exit(f"kvtuner: {error}")
     except (KeyboardInterrupt, SystemExit) as stop:
         sys.stderr.write("kvtuner: stopped: every run it started is ended; the same command goes on with the others.\n")
         sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()
