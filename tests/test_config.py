@@ -1,9 +1,11 @@
-"""Every option of every group composes with every other, and wrong ones are one sentence that leaves nothing behind."""
+"""Every option composes with every other that a task takes with it; wrong ones are one sentence and leave nothing."""
 
 import itertools
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,6 @@ from kvtuner_sglang.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-TASKS = ("kernels", "speed", "agreement", "quality", "tune")  # whose group has their own name
-GROUPS = ("model", "quant", "dist", "workload", "tracking")  # of task=serve
 
 
 def options(group: str) -> list[str]:
@@ -27,35 +27,70 @@ def load(*overrides: str):
     return command_line.load(overrides, CONF)
 
 
+ONE_NODE = ("pp2", "single", "tp2")
+PARALLEL = tuple(name for name in options("dist") if name != "single")
+LOADS = ("capacity", "closed", "longctx", "multiturn", "open")
+ONLY_FOR_SPEED = ("qwen2_5_7b_dummy", "tiny_dummy", "fp8")  # and task=serve: random weights, a peer
+REFUSED = {"forensics": (*ONE_NODE, *LOADS, *ONLY_FOR_SPEED), "quality": (*PARALLEL, *ONLY_FOR_SPEED),
+           "speed": PARALLEL, "agreement": (*PARALLEL, *ONLY_FOR_SPEED), "probe": ONLY_FOR_SPEED,
+           "tune": ONLY_FOR_SPEED}  # {task: options of the groups that it reads}
+
+
+def groups(task: str) -> list[str]:
+    return [*(group for group in READ_BY[task] if (CONF / group).is_dir()), "tracking"]
+
+
+def pairs(task: str) -> set[frozenset[tuple[str, str]]]:
+    """Of the task itself and all that it takes: every two (group, option) that can be in one command line."""
+    return {frozenset(pair) for g, h in itertools.combinations(["task", *groups(task)], 2)
+            for pair in itertools.product([(g, a) for a in accepted(task, g)], [(h, b) for b in accepted(task, h)])}
+
+
+def accepted(task: str, group: str) -> list[str]:
+    return [task] if group == "task" else [name for name in options(group) if name not in REFUSED.get(task, ())]
+
+
 def rows() -> list[dict[str, str]]:
-    """An option of every group a row, so few rows that each pair of options is in one of them."""
-    left = {frozenset(pair) for g, h in itertools.combinations(GROUPS, 2)
-            for pair in itertools.product([(g, a) for a in options(g)], [(h, b) for b in options(h)])}
+    """A task and an option of every group that it reads a row, so few rows that each pair is in one of them."""
+    of_task = {task: pairs(task) for task in READ_BY}
+    left = set().union(*of_task.values())
     found = []
-    while left:
-        row = dict(sorted(min(left, key=sorted)))
-        for group in GROUPS:
+    for pair in sorted(left, key=sorted):
+        if pair not in left:
+            continue
+        row = dict(sorted(pair))
+        task = next(task for task in READ_BY if pair in of_task[task])
+        for group in ("task", *groups(task)):
             if group not in row:
-                row[group] = max(options(group), key=lambda name: sum(
-                    frozenset({(group, name), other}) in left for other in row.items()))
+                row[group] = max(accepted(task, group), key=lambda name: sum(
+                    frozenset({(group, name), other}) in left for other in row.items()))  # noqa: B023 - called here
         left -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-        found.append(row)
+        found.append({group: row[group] for group in ("task", *groups(task))})
     return found
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: "-".join(row[group] for group in GROUPS))
+def load_options(row: dict[str, str]):
+    more = ["model.path=/checkpoint"] if row.get("model") == "local" else []
+    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if row.get("quant") == "plan" else []
+    return load(*(f"{group}={name}" for group, name in row.items()), *more)
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: "-".join(row.values()))
 def test_every_pair_of_options_composes(row):
-    more = ["model.path=/checkpoint"] if row["model"] == "local" else []
-    more += ["plan.path=preset:qwen2_5_7b_kivi_3_18"] if row["quant"] == "plan" else []
-    config = load(*(f"{group}={name}" for group, name in row.items()), *more)
-    for group, name in row.items():
-        found = getattr(getattr(config, group), "mode" if group == "tracking" else "name")
+    config = load_options(row)
+    assert config.task == row["task"]
+    for group in groups(row["task"]):
+        name, found = row[group], getattr(getattr(config, group), "mode" if group == "tracking" else "name")
         assert found == (f"{name}_qwen2_5_7b_kivi_3_18" if (group, name) == ("quant", "plan") else name)
 
 
-@pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in options(task)])
-def test_every_option_of_a_tasks_own_group_composes(task, name):
-    assert getattr(load(f"task={task}", f"{task}={name}"), task).name == name
+@pytest.mark.parametrize(("task", "group", "name"), [
+    (task, group, name) for task in REFUSED for group in groups(task) for name in options(group)
+    if name in REFUSED[task]])
+def test_what_a_task_cannot_use_is_refused(task, group, name):
+    row = {"task": task} | {other: accepted(task, other)[0] for other in groups(task)} | {group: name}
+    with pytest.raises(ConfigError, match=f"task={task} |only task=speed"):
+        load_options(row)
 
 
 @pytest.mark.parametrize("name", options("exp"))
@@ -163,6 +198,14 @@ def test_plans_that_cannot_be(words, part):
         load(*words)
 
 
+@pytest.fixture
+def sigterm_as_before() -> Iterator[None]:
+    """command_line.check handles SIGTERM from then on, which the other tests of this process did not ask for."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -202,7 +245,7 @@ def test_plans_that_cannot_be(words, part):
         (["tune=tiny"], "task=serve does not read tune=tiny"),
     ],
 )
-def test_wrong_options_are_one_sentence(words, part, tmp_path, monkeypatch, capsys):
+def test_wrong_options_are_one_sentence(words, part, tmp_path, monkeypatch, capsys, sigterm_as_before):
     """As run.py checks them first: see the next test."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
