@@ -97,6 +97,7 @@ def test_a_command_that_fails_ends_with_its_own_last_lines(small: ModuleType, tm
     assert "5" not in lines
 
 
+@pytest.mark.alone
 def test_an_interruption_is_said_and_leaves_no_stamp(
     small: ModuleType, tmp_path: Path, hear_ctrl_c: Callable[[], None]
 ) -> None:

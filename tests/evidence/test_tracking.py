@@ -103,6 +103,7 @@ def test_a_broken_wandb_leaves_the_run_ok(written: Callable[..., Path], tmp_path
     assert load_record(run_dir).tracking == tracking
 
 
+@pytest.mark.alone
 def test_a_hanging_wandb_is_ended_with_its_children(written: Callable[..., Path], tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = ("import os, pathlib, subprocess, sys, time; child = subprocess.Popen(['sleep', '600']); "

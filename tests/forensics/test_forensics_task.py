@@ -31,6 +31,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return committed(run_dir)
 
 
+@pytest.mark.alone
 def test_node_1s_replies_are_kept_as_what_they_are(done: Path) -> None:
     samples = read_samples(done)
     replies = [sample for sample in samples if sample["kind"] in ("node1_reply", "node1_loaded_reply")]
@@ -42,6 +43,7 @@ def test_node_1s_replies_are_kept_as_what_they_are(done: Path) -> None:
     assert {sample["http_status"] for sample in samples if sample not in replies and sample != checked} == {200}
 
 
+@pytest.mark.alone
 def test_none_of_them_is_called_a_time_to_first_token(done: Path) -> None:
     record = load_record(done)
     replies = [s for s in read_samples(done) if s["kind"] == "node1_reply" and s["prompt_tokens"] == 1000]
@@ -56,6 +58,7 @@ def test_none_of_them_is_called_a_time_to_first_token(done: Path) -> None:
     assert any(rule.startswith("node1_is_refused: ") for rule in record.rules)
 
 
+@pytest.mark.alone
 def test_report_figure_and_paragraph_are_those_of_the_record(done: Path) -> None:
     report = (done / "report.md").read_text()
     record = load_record(done)
@@ -66,6 +69,7 @@ def test_report_figure_and_paragraph_are_those_of_the_record(done: Path) -> None
     assert (done / "forensics.png").stat().st_size > 10_000
 
 
+@pytest.mark.alone
 def test_what_is_published_is_made_of_the_run_alone(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "published"
     publish([done], folder)
@@ -78,6 +82,7 @@ def test_what_is_published_is_made_of_the_run_alone(done: Path, tmp_path: Path) 
     assert b"claimed by the seed report" in files["forensics.csv"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("servers", "rule"), [
     (("honest", "honest"), "node1_answers_404"), (("cached_prefix", "node1"), "cold_cache"),
     (("at_once", "node1"), "faster_than_floor")])

@@ -49,13 +49,17 @@ print(json.dumps(slept))
 
 @dataclass
 class Behaviour:
-    """How the server answers now, and what it saw: the prompts, and how many requests were in it at once."""
+    """How the server answers now, and what it saw: the prompts, and how many requests were in it at once.
+
+    together: answers only once so many requests are in it.
+    """
 
     status: int = 200
     cached: int = 0
     missing: int = 0
     error: bool = False
     answer_s: float = 0.02
+    together: threading.Barrier | None = None
     inside: int = 0
     most: int = 0
     prompts: dict[str, list[int]] | None = None
@@ -74,6 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         told.most = max(told.most, told.inside)
         if told.prompts is not None:
             told.prompts[body["rid"]] = body["input_ids"]
+        if told.together:
+            told.together.wait()
         time.sleep(told.answer_s)
         told.inside -= 1
         self.answer(told.status, self.stream(body) if told.status == 200 else b'{"detail":"Not Found"}')
@@ -134,6 +140,7 @@ def batch(count: int, turns: int = 1, timeout_s: float = 20.0, **level: Any) -> 
 
 def test_a_closed_loop_keeps_its_concurrency(generator: Generator, behaviour: Behaviour, folder: Path) -> None:
     before = len((folder / SUMMARY_FILE).read_text().splitlines()) if (folder / SUMMARY_FILE).exists() else 0
+    behaviour.together = threading.Barrier(3, timeout=15)
     samples = generator.send(batch(9, concurrency=3))
     require_valid(samples)
     assert (len(samples), behaviour.most) == (9, 3)

@@ -69,6 +69,7 @@ def _generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "load_generator", in_this_process)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("load", LOADS)
 def test_the_honest_load_counts(load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, record = run_task(serve, tmp_path, monkeypatch, workload=LOADS[load])
@@ -76,8 +77,8 @@ def test_the_honest_load_counts(load: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("load", "rule", "measured", "lie"), [
-    ("closed", "same_server", MEASURED, {"server": "restarted"}),
-    ("open", "same_server", MEASURED, {"server": "restarted"}),
+    pytest.param("closed", "same_server", MEASURED, {"server": "restarted"}, marks=pytest.mark.alone),
+    pytest.param("open", "same_server", MEASURED, {"server": "restarted"}, marks=pytest.mark.alone),
     ("closed", "unique_prompts", 0, {"patch": repeated_prompts}),
     ("open", "unique_prompts", 0, {"patch": repeated_prompts}),
     ("closed", "fast_client", 4, {"patch": slow_client}),

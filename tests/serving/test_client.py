@@ -208,6 +208,7 @@ def test_abort_ends_requests_in_flight_and_sends_no_more(base_url: str) -> None:
     assert [s.error for s in samples] == ["given up: rank 3 died"] * 2 + ["not sent: rank 3 died"] * 3
 
 
+@pytest.mark.alone
 def test_closed_loop_keeps_the_order_and_the_concurrency(base_url: str) -> None:
     requests = [Request(f"r{i}", "throughput", PROMPT, TOKENS) for i in range(6)]
     samples = closed_loop(f"{base_url}/honest", requests, 3, 10.0)
