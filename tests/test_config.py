@@ -63,7 +63,7 @@ def rows() -> list[dict[str, str]]:
         for group in ("task", *groups(task)):
             if group not in row:
                 row[group] = max(accepted(task, group), key=lambda name: sum(
-                    frozenset({(group, name), other}) in left for other in row.items()))  # noqa: B023 - called here
+                    frozenset({(group, name), other}) in left for other in row.items()))
         left -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
         found.append({group: row[group] for group in ("task", *groups(task))})
     return found
