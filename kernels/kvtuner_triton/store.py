@@ -4,7 +4,8 @@ One launch a layer, before attention, which reads the new pages as stored (unpac
 what their first page had before (prefix.py): a request that begins inside a page and completes it keeps its new page in
 progress in a second launch, after attention.
 
-Bit for bit what reference.py and fragments.py give on a CPU.  With low, high over a group (keys: a channel of the page;
+Bit for bit what reference.py and fragments.py give on a CPU, but for the sign of a zero that is 0 in a group with both
++0 and -0, of which torch promises neither.  With low, high over a group (keys: a channel of the page;
 values: a token), all in fp32:
 
     zero = fp16(low), scale = fp16((high - low) / top),  code = clamp(floor((x - zero) / scale + 1/2), 0, top)
@@ -202,9 +203,8 @@ def extend_items(seq_lens: Sequence[int], new_lens: Sequence[int], page: int) ->
 
 @cache
 def has_integers_in_pairs(device: torch.device) -> bool:
-    """Whether it is an NVIDIA GPU with min.u16x2, from sm_90."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether it is a GPU with min.u16x2, from sm_90."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _launch(warps: int, count: int, keys: PackedPages, values: PackedPages, tail: torch.Tensor,

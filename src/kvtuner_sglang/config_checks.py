@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 # Groups and options that belong to some tasks alone, and which of them a task reads; all others are everybody's.
 OWNED = ("model", "quant", "plan", "dist", "server", "workload", "quality", "kernels", "speed", "tune", "agreement")
-_SERVED = ("model", "quant", "plan", "dist", "server")
+_FORMAT = ("model", "quant", "plan")
+_PROBE = ("quality.probe", "quality.probe_tokens", "quality.probe_bound")
+_ENGINE = ("dist", "server.device", "server.attention")
 READ_BY = {
-    "serve": (*_SERVED, "workload", "quality"),
-    "forensics": (*_SERVED, "workload", "quality"),
-    "quality": (*_SERVED, "quality"),
-    "speed": (*_SERVED, "speed"),
-    "agreement": (*_SERVED, "agreement"),
-    "probe": ("model", "quant", "plan", "quality", "server.device"),
+    "serve": (*_FORMAT, "dist", "server", "workload", *_PROBE),
+    "forensics": (*_FORMAT, "dist", "server", "workload", *_PROBE),
+    "quality": (*_FORMAT, *_ENGINE, "server.chunked_prefill_tokens", "quality"),
+    "speed": (*_FORMAT, *_ENGINE, "server.kv_gib", "speed"),
+    "agreement": (*_FORMAT, "dist", "server", "agreement"),
+    "probe": (*_FORMAT, *_PROBE, "server.device"),
     "tune": ("model", "tune", "server.device"),
     "kernels": ("kernels",),
     "claims": (), "figures": (), "paper": (),

@@ -76,7 +76,8 @@ def test_every_repeat_has_its_own_bisection(make_sample: Callable[..., Sample],
         return {}
 
     load = SimpleNamespace(warm_up=lambda _level: None, repeat=repeat, metrics=metrics, say=lambda _line: None)
-    found, warnings = measure.find_capacity(load, load_config("workload=capacity").workload)
+    config = load_config("workload=capacity", "workload.rates_per_s=[0.5,0.7,1.0,1.4,2.0]")
+    found, warnings = measure.find_capacity(load, config.workload)
     assert asked == [(0, 1.0), (0, 0.5), (1, 1.0), (1, 0.5), (1, 0.7), (2, 1.0), (2, 1.4), (2, 2.0)]
     assert tried == {0.5: 2, 0.7: 1, 1.0: 3, 1.4: 1, 2.0: 1}
     capacity = found["capacity_per_s"]

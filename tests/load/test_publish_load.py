@@ -23,6 +23,7 @@ def level(where: str, value: float) -> dict[str, Metric]:
 
 CAPACITY = {"capacity_per_s": metric(0.8, "req/s", n=3, ci95=(0.5, 1.1)),
             **level("rate_per_s=0.5", 100.0), **level("rate_per_s=1", 200.0)}
+CAPACITY["output_tokens_per_s/rate_per_s=0.5"] = metric(25.0, "tok/s")  # one repeat alone tried it
 TURNS = {**level("concurrency=2", 40.0),
          **{key: value for key, value in level("concurrency=2/turn=1", 60.0).items() if key.startswith(
              ("ttft", "tpot", "itl", "e2e", "cached"))}}
@@ -49,7 +50,9 @@ def test_a_row_a_level_and_a_row_a_turn(run_dir: Callable[..., Path], tmp_path: 
         ("capacity", "bf16", "0.5", "", ""), ("capacity", "bf16", "1", "", ""),
         ("capacity", "kv4_token", "0.5", "", ""), ("capacity", "kv4_token", "1", "", ""),
         ("multiturn", "kv4", "", "2", "1"), ("multiturn", "kv4", "", "2", "")]
-    slow, turn = rows[1], rows[4]
+    once, slow, turn = rows[0], rows[1], rows[4]
+    assert (once["output_tok_s"], once["output_tok_s_low"], once["output_tok_s_high"], once["repeats"]) == (
+        "25", "", "", "1")
     assert (slow["ttft_p50_ms"], slow["ttft_p99_ms"], slow["requests"], slow["repeats"]) == ("201", "209", "12", "3")
     assert (slow["output_tok_s"], slow["output_tok_s_low"], slow["output_tok_s_high"]) == ("50", "25", "200")
     assert (slow["capacity_per_s"], slow["capacity_low"], slow["capacity_high"]) == ("0.8", "0.5", "1.1")

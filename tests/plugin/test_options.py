@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from kvtuner_sglang.errors import ConfigError
-from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_other_devices, refuse_without_kernels
+from kvtuner_sglang.plugin.attention_choice import (
+    choose_attention,
+    refuse_old_gpus,
+    refuse_other_devices,
+    refuse_without_kernels,
+)
 from kvtuner_sglang.plugin.options import (
     KvtunerOptions,
     add_cli_flags,
@@ -145,6 +150,13 @@ def test_a_gpu_that_is_not_nvidias_is_refused(monkeypatch):
     refuse_other_devices("cpu")
     with pytest.raises(ConfigError, match="device cuda of this torch"):
         refuse_other_devices("cuda")
+
+
+def test_gpus_without_the_kernels_instructions_are_refused():
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        refuse_old_gpus(capability)
+    with pytest.raises(ConfigError, match=r"from sm_80 on, and this one is sm_75: give --kvtuner-attention reference"):
+        refuse_old_gpus((7, 5))
 
 
 @pytest.mark.parametrize(("fmt", "head_dim", "match"), [

@@ -19,7 +19,7 @@ PACKAGES = ("kvtuner-sglang", "sglang", "torch", "triton", "transformers", "sgla
             "numpy", "wandb", "hydra-core")
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 COMMAND_TIMEOUT_S = 20
-RESULTS = (":(exclude)runs", ":(exclude)paper")  # what runs leave behind and is made of it: no run reads it
+RESULTS = (":(exclude)runs", ":(exclude)paper")  # what runs leave behind and is made of it; of a plan there the record has the contents
 BUSY_SAMPLE_S = 0.3
 BUSY_PERCENT = 50
 
@@ -52,7 +52,7 @@ def collect_environment(project_root: Path = PROJECT_ROOT) -> Environment:
         host=socket.gethostname(), os=platform.platform(), python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES}, cpu=_cpu_model(), cpu_cores=_cores(),
         ram_mib=psutil.virtual_memory().total // 2**20, load_average=os.getloadavg(),
-        cpu_busy_percent=psutil.cpu_percent(BUSY_SAMPLE_S), unknown=unknown, **found,
+        cpu_busy_percent=_busy_percent(), unknown=unknown, **found,
     )
 
 
@@ -102,6 +102,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None  # not installed is the fact itself
+
+
+def _busy_percent() -> float:
+    """Of the cores that this process may use, over the next moment."""
+    percents = psutil.cpu_percent(BUSY_SAMPLE_S, percpu=True)
+    own = [percents[core] for core in os.sched_getaffinity(0) if core < len(percents)] or percents
+    return sum(own) / len(own)
 
 
 def _cores() -> int:

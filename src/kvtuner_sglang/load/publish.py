@@ -9,8 +9,8 @@ from kvtuner_sglang.evidence.published import publish_main
 from kvtuner_sglang.evidence.tidy_tables import MachineTables
 from kvtuner_sglang.load.tidy import table_of
 
-FOLDER = MachineTables("serve", table_of)
-publish, tables = FOLDER.publish, FOLDER.tables
+TABLES = MachineTables("serve", table_of)
+publish, tables = TABLES.publish, TABLES.tables
 
 if __name__ == "__main__":
     publish_main(__doc__, sys.argv[1:], publish)

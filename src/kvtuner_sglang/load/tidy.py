@@ -26,8 +26,8 @@ RATES = ("goodput_per_s", "slo_share", "cached_tokens", "retractions")
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """A row a level; raises UserError for a run without figures or of another workload.
 
-    Latencies are over all requests of all repeats; rates, retractions and the capacity are means over repeats, with
-    Student's 95 % interval (low, high).  requests: of all repeats.  load_average: of the minute before the run.
+    Latencies are over all requests of all repeats; the others are means over repeats, tokens a second and the capacity
+    with Student's 95 % interval (low, high) where there are several.  requests: of all repeats.  load_average: of the minute before the run.
     """
     if record.kv is None:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")
@@ -57,10 +57,10 @@ def _level(record: RunRecord, where: str) -> dict[str, Any]:
     return row | _interval(rate, "output_tok_s", "output_tok_s") | ({"repeats": rate.n} if rate else {})
 
 
-def _interval(metric: Metric | None, mean: str, ends: str) -> dict[str, float]:
+def _interval(metric: Metric | None, mean: str, ends: str) -> dict[str, float | None]:
     if metric is None:
         return {}
-    low, high = metric.ci95 or (metric.mean, metric.mean)
+    low, high = metric.ci95 or (None, None)  # of a rate that one repeat alone tried
     return {mean: metric.mean, f"{ends}_low": low, f"{ends}_high": high}
 
 

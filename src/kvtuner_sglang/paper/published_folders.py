@@ -42,6 +42,7 @@ FOLDERS = {
     "agreement": PublishedFolder("kvtuner_sglang.agreement.publish:tables"),
     "tuner": PublishedFolder("kvtuner_sglang.tuner.publish:tables", "kvtuner_sglang.tuner.figures:figures"),
     "forensics": PublishedFolder("kvtuner_sglang.forensics.publish:tables", "kvtuner_sglang.forensics.figure:figures"),
+    "plans": PublishedFolder("kvtuner_sglang.ablation.publish:tables"),
     "load": PublishedFolder("kvtuner_sglang.load.publish:tables"),
     "ablation": PublishedFolder("kvtuner_sglang.ablation.publish:tables", "kvtuner_sglang.ablation.figure:figures"),
 }

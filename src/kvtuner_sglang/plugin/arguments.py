@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from kvtuner_sglang.errors import ConfigError, UserError
-from kvtuner_sglang.plugin.attention_choice import choose_attention, refuse_other_devices, refuse_without_kernels
+from kvtuner_sglang.plugin.attention_choice import (
+    choose_attention,
+    refuse_old_gpus,
+    refuse_other_devices,
+    refuse_without_kernels,
+)
 from kvtuner_sglang.plugin.options import KvtunerOptions, options_from_namespace, pop_options
 from kvtuner_sglang.quant import ModelIdentity
 
@@ -127,6 +132,7 @@ def _check_model(server_args: Any, options: KvtunerOptions) -> None:
     for fmt in plan:
         fmt.check(config.head_dim)
     if choose_attention(options.kvtuner_attention, server_args.device == "cpu") == "fused":
+        refuse_old_gpus(torch.cuda.get_device_capability(server_args.base_gpu_id))
         refuse_without_kernels(plan, config.head_dim)
     if any(fmt.key.boosted for fmt in plan) and server_args.tp_size > model.kv_heads:
         raise ConfigError(f"--tp-size {server_args.tp_size} gives several ranks a copy of each of the model's "

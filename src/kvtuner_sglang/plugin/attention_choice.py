@@ -10,6 +10,7 @@ from kvtuner_sglang.quant import KVFormat
 
 Attention = Literal["auto", "fused", "reference"]
 HEAD_DIMS = (64, 128)
+OLDEST = (8, 0)  # compute capability: min.bf16x2, cvt.rz.f16x2 (kvtuner_triton/pairs.py)
 GIVE_REFERENCE = "give --kvtuner-attention reference, which is slow"
 
 
@@ -25,6 +26,13 @@ def refuse_other_devices(device: str) -> None:
     if device != "cpu" and (device != "cuda" or torch.version.cuda is None):
         raise ConfigError(f"quantized keys and values need an NVIDIA GPU or a CPU, and device {device} of this torch "
                           "is neither: give --device cpu, or --enable-kvtuner-quant=False.")
+
+
+def refuse_old_gpus(capability: tuple[int, int]) -> None:
+    """Raise ConfigError for a GPU of a compute capability that lacks instructions of the kernels."""
+    if capability < OLDEST:
+        raise ConfigError(f"the kernels need a GPU from sm_{OLDEST[0]}{OLDEST[1]} on, and this one is "
+                          f"sm_{capability[0]}{capability[1]}: {GIVE_REFERENCE}.")
 
 
 def refuse_without_kernels(plan: Sequence[KVFormat], head_dim: int) -> None:

@@ -59,7 +59,7 @@ class FusedBackend(AttentionBackend):
         self.workspaces: dict[tuple[LayerKind, int], DecodeWorkspace] = {}
         if self.attention != "fused":
             logger.warning("kvtuner: decode attention runs in plain Triton, several times slower: the tensor-core "
-                           "kernel is for 16-bit models, at most 8 query heads a kv head and GPUs from sm_80.")
+                           "kernel is for 16-bit models and at most 8 query heads a kv head.")
 
     @property
     def attention(self) -> str:

@@ -35,13 +35,14 @@ def require_equal(device, x, scale, zero, bits, symmetric):
     low, middle = (torch.zeros_like(zero), 2 ** (bits - 1)) if symmetric else (zero, 0)
     code = torch.floor((x - low) / torch.where(scale != 0, scale, 1.0) + 0.5) + middle
     code = torch.where(scale != 0, code.clamp(0, 2**bits - 1), float(middle)).to(torch.int32)
-    out = [torch.empty(count, dtype=torch.int32, device=device) for _ in range(3)]
-    codes_kernel[(count // BLOCK,)](x.to(device), scale.to(device), low.to(device), *out, BITS=bits,
-                                    META=1 if symmetric else 2, SM90=has_integers_in_pairs(out[0].device), BLOCK=BLOCK)
-    assert torch.equal(out[0].cpu(), code)
-    assert torch.equal(out[1].cpu(), code | code << 16)
-    if bits == 4 and not symmetric:
-        assert torch.equal(out[2].cpu(), code)
+    for sm90 in {has_integers_in_pairs(torch.device(device)), False}:  # other cards' instructions on every card
+        out = [torch.empty(count, dtype=torch.int32, device=device) for _ in range(3)]
+        codes_kernel[(count // BLOCK,)](x.to(device), scale.to(device), low.to(device), *out, BITS=bits,
+                                        META=1 if symmetric else 2, SM90=sm90, BLOCK=BLOCK)
+        assert torch.equal(out[0].cpu(), code)
+        assert torch.equal(out[1].cpu(), code | code << 16)
+        if bits == 4 and not symmetric:
+            assert torch.equal(out[2].cpu(), code)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
