@@ -3,9 +3,9 @@
 Nothing here is a sum of products, so there is nothing to contract, and every quotient d / s is rounded as IEEE says, in
 three instructions instead of eleven: q = d r with r about 1 / s, then q + r (d - q s) in two FMAs.  s has at most 11
 bits (an fp16, or 2^b - 1), so d - q s is exact, and a quotient of 24 by 11 bits stays 2^-12 ulp away from where
-rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small that this fails, adding 1/2 or rounding to fp16 forgets it.
-torch on CUDA multiplies by the reciprocal of a number instead of dividing, and may differ from torch on a CPU by a
-bit.)
+rounding turns, while r, good to 2^-22, leaves 2^-20 ulp.  (Where q is so small that this fails, adding 1/2 or
+rounding to fp16 forgets it.  torch on CUDA multiplies by the reciprocal of a number instead of dividing, and may differ
+from torch on a CPU by a bit.)
 
 A place is (x - zero) / scale + 1/2, of which the code is the integer part, times 2^-24: scaling by powers of two rounds
 nothing, and an addition that saturates leaves 0 .. 1.  Below 2^-14 fp16 has the multiples of 2^-24, and their bits are

@@ -19,7 +19,7 @@ SERVED = (*SHARED, "server.kv_gib=0.05", "quant=kv8")
 OTHER = {  # of every task that leaves records: settings that make another run of it
     "serve": (*SERVED, "dist=tp2", "workload=ablation"),
     "forensics": (*SERVED, "dist=tp2_2nodes", "workload=ablation"),
-    "quality": (*SERVED, "quality=standard"),
+    "quality": (*SHARED, "quant=kv8", "quality=standard"),
     "speed": (*SERVED, "speed=short", "speed.backend=triton"),
     "agreement": (*SERVED, "agreement.prompts=3"),
     "kernels": ("seed=1", "kernels.repeats=3"),

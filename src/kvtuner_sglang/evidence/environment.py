@@ -19,7 +19,8 @@ PACKAGES = ("kvtuner-sglang", "sglang", "torch", "triton", "transformers", "sgla
             "numpy", "wandb", "hydra-core")
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 COMMAND_TIMEOUT_S = 20
-RESULTS = (":(exclude)runs", ":(exclude)paper")  # what runs leave behind and is made of it; of a plan there the record has the contents
+# What runs leave behind and what is made of it; of a plan there the record has the contents.
+RESULTS = (":(exclude)runs", ":(exclude)paper")
 BUSY_SAMPLE_S = 0.3
 BUSY_PERCENT = 50
 

@@ -27,7 +27,8 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """A row a level; raises UserError for a run without figures or of another workload.
 
     Latencies are over all requests of all repeats; the others are means over repeats, tokens a second and the capacity
-    with Student's 95 % interval (low, high) where there are several.  requests: of all repeats.  load_average: of the minute before the run.
+    with Student's 95 % interval (low, high) where there are several.  requests: of all repeats.  load_average: of the
+    minute before the run.
     """
     if record.kv is None:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")
