@@ -115,11 +115,17 @@ def figures(folder: Path) -> "dict[str, Figure]":
     if not runs:
         return {}
     with styled():
-        figure, axes = panels(1, len(runs), height_in=2.9)
-        for ax, (model, bits, run_dir) in zip(axes[0], runs, strict=True):
+        rows = -(-len(runs) // 2)
+        figure, axes = panels(rows, min(2, len(runs)), height_in=0.6 + 2.3 * rows)
+        for ax in axes.flat[len(runs):]:
+            ax.set_visible(False)
+        for ax, (model, bits, run_dir) in zip(axes.flat, runs, strict=False):
             draw_pareto(ax, read_samples(run_dir))
             ax.axvline(bits, color="black", linewidth=0.6, linestyle=":")
             ax.set_title(f"{model}, within {bits:g} bits")
-        axes[0, 0].set_ylabel("KL on held-out text, nats")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("KL on held-out text, nats")
+        for ax in axes[:-1].flat:  # the panels share their scales
+            ax.set_xlabel("")
         legend_below(figure, axes, columns=4)
     return {"pareto": figure}
