@@ -4,6 +4,7 @@ task=serve runs for real but for the server; see lying_cluster.py.
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def test_the_honest_run_counts(patch: Callable[[pytest.MonkeyPatch], None] | Non
 @pytest.mark.parametrize(("percent", "said"), [(51.0, True), (50.0, False)])
 def test_a_machine_that_was_busy_is_a_warning_of_the_report(percent: float, said: bool, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "cpu_percent", lambda _seconds: percent)
+    cores = max(os.sched_getaffinity(0)) + 1
+    monkeypatch.setattr(psutil, "cpu_percent", lambda _seconds, percpu: cores * [percent])
     run_dir, record = run_task(serve, tmp_path, monkeypatch)
     assert record.environment.cpu_busy_percent == percent
     assert ("- Just before the start other work kept 51% of" in (run_dir / "report.md").read_text()) is said

@@ -79,6 +79,7 @@ def test_a_format_that_failed_is_shown_with_its_reason(make_run: MakeRun) -> Non
 
 
 def test_the_console_shows_every_load(make_run: MakeRun) -> None:
-    lines = print_summary(make_run("quant=kv4_token", "workload=capacity")).splitlines()
+    run = make_run("quant=kv4_token", "workload=capacity", "workload.rates_per_s=[0.5,0.7,1,1.4,2]")
+    lines = print_summary(run).splitlines()
     assert sum("TTFT p50    100.0 ms" in line for line in lines) == 5
     assert "  capacity    0.567 req/s within the SLO, mean of 3 repeats" in lines
