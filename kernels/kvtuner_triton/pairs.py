@@ -49,23 +49,29 @@ def fp16_pairs(even, odd):
 
 
 @triton.jit
+def of_halves(asm: tl.constexpr, a, b):
+    """One instruction that does the same to both halves of two words."""
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def min_bf16(a, b):
-    return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    return of_halves("min.bf16x2 $0, $1, $2;", a, b)
 
 
 @triton.jit
 def max_bf16(a, b):
-    return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    return of_halves("max.bf16x2 $0, $1, $2;", a, b)
 
 
 @triton.jit
 def min_fp16(a, b):
-    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    return of_halves("min.f16x2 $0, $1, $2;", a, b)
 
 
 @triton.jit
 def max_fp16(a, b):
-    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    return of_halves("max.f16x2 $0, $1, $2;", a, b)
 
 
 @triton.jit

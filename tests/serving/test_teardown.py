@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvtuner_sglang.serving.launcher import RUN_MARK
-from kvtuner_sglang.serving.teardown import stop_nodes
+from kvtuner_sglang.serving.teardown import stop_nodes, termination_raises
 
 pytestmark = pytest.mark.alone
 EVERYTHING = ("child", "session", "orphan")
@@ -109,3 +109,16 @@ def test_when_the_runner_itself_is_ended(tmp_path: Path, hear_ctrl_c, number: si
         for pid in pids.values():
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with termination_raises():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(SystemExit) as stop:
+                signal.raise_signal(signal.SIGTERM)
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

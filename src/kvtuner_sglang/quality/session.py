@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.record import RunRecord, load_record
-from kvtuner_sglang.serving.teardown import termination_raises
+from kvtuner_sglang.serving.teardown import signals_handled, termination_raises
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 POLL_S = 0.5
@@ -104,15 +104,8 @@ def run_jobs(jobs: list[Job], at_once: int, deadline: float) -> bool:
 def _signals_noted() -> Iterator[list[int]]:
     """Signals that ask to stop, as they came: none interrupts a start, which would orphan its run, nor the waiting."""
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _frame: noted.append(number))
-    try:
+    with signals_handled(lambda number, _frame: noted.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def records(runs: Path) -> list[RunRecord]:

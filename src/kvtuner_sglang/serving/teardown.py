@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import psutil
@@ -17,6 +17,7 @@ GRACE_S = 2.0  # SGLang drains for five seconds and more; nothing of ours depend
 LIMIT_S = 10.0
 REAP_S = 2.0
 POLL_S = 0.05
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 def stop_nodes(nodes: Sequence[NodeProcess], grace_s: float = GRACE_S, limit_s: float = LIMIT_S) -> None:
@@ -99,31 +100,29 @@ def _wait(known: set[psutil.Process], nodes: Sequence[NodeProcess], deadline: fl
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Inside, `handler` hears these signals but for those that are ignored, as under nohup; main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: found for number in numbers if (found := signal.getsignal(number)) is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, found in before.items():
+            signal.signal(number, found)
+
+
+def _signals_held() -> contextlib.AbstractContextManager[None]:
     """A second Ctrl-C must not interrupt the cleaning up that the first one began; it is bounded anyway."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals_handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def termination_raises() -> Iterator[None]:
+def termination_raises() -> contextlib.AbstractContextManager[None]:
     """SIGTERM and SIGHUP end this process through its `finally` blocks, as Ctrl-C does; main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals_handled(_exit, signal.SIGTERM, signal.SIGHUP)
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
