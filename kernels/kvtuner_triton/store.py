@@ -55,17 +55,20 @@ def extend_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail
                   D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, KEY_BITS: tl.constexpr,
                   KEY_META: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, GROUP: tl.constexpr,
                   SM90: tl.constexpr):
-    """Program (i, head, part) does a part of item i and kv head `head`: D / 64 of keys, then PAGE / TOKENS of values.
+    """Program (head, part), i, what does a part of item i's keys, what = 0, or values, of kv head `head`.
+
+    Each has D / 64 parts, of 64 channels or of TOKENS.  Neighbouring programs read neighbouring bytes, keys, which take
+    longer, come first.
 
     GROUP: query heads a kv head, 0 if keys are not boosted; q and key_extra are None then.
     """
-    part = tl.program_id(2)
-    if part < D // CHANNELS:
+    part = tl.program_id(0) % (D // CHANNELS)
+    if tl.program_id(2) == 0:
         extend_part(key, key_stride, key_tokens(PAGE), key_words(part), part, key_codes, key_meta, key_extra, tail_key,
                     table, slots, items, table_stride, q, q_stride, KV_HEADS, D, PAGE, KEY_BITS, KEY_META, GROUP, SM90,
                     True)
     else:
-        start = (part - D // CHANNELS) * TOKENS
+        start = part * TOKENS
         extend_part(value, value_stride, value_tokens(start, TOKENS), value_words(D), start, value_codes, value_meta,
                     None, tail_value, table, slots, items, table_stride, q, q_stride, KV_HEADS, D, PAGE, VALUE_BITS,
                     VALUE_META, 0, SM90, False)
@@ -76,27 +79,24 @@ def extend_part(new, stride, token, word, part, codes, meta, extra, tail, table,
                 q_stride, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
                 META: tl.constexpr, GROUP: tl.constexpr, SM90: tl.constexpr, KEYS: tl.constexpr):
     """Load words of these tokens, and store or keep them; part: of keys, or the first token of values."""
-    head = tl.program_id(1)
+    head = tl.program_id(0) // (D // CHANNELS)
     dtype: tl.constexpr = new.dtype.element_ty
     new, stride = words_at(new + head * D), stride // 2
     tail = words_at(tail + head * D) + token * (KV_HEADS * D // 2) + word
-    items += 5 * tl.program_id(0)
-    row, fresh, stop = tl.load(items + 2).to(tl.int64), tl.load(items + 3), tl.load(items + 4)
+    items += 5 * tl.program_id(1)
+    first, row = tl.load(items + 1), tl.load(items + 2).to(tl.int64)
+    fresh, stop = tl.load(items + 3), tl.load(items + 4)
     slot = tl.load(slots + tl.load(items)).to(tl.int64)
     new += row * stride + (token * stride + word)
-    tail += slot * (PAGE * KV_HEADS * D // 2)
+    TAIL: tl.constexpr = PAGE * KV_HEADS * D // 2  # words of a slot; which one is known later than where `new` is
     if stop > 0:
-        if fresh > 0:
-            w = tl.load(tail, mask=token < fresh, other=0)
-            w = tl.load(new, mask=token >= fresh, other=w)
-        else:
-            w = tl.load(new)
-        at = tl.load(table + slot * table_stride + tl.load(items + 1)).to(tl.int64) // PAGE * KV_HEADS + head
+        w = tl.load(tl.where(token < fresh, tail + slot * TAIL, new)) if fresh > 0 else tl.load(new)
+        at = tl.load(table + slot * table_stride + first).to(tl.int64) // PAGE * KV_HEADS + head
         query = q if GROUP == 0 else q + (row + PAGE - 1) * q_stride + head * (GROUP * D)
         store_part(w, at, part, codes, meta, extra, query, D, PAGE, BITS, META, GROUP, dtype, SM90, KEYS)
     else:
         kept = (token >= fresh) & (token < -stop)
-        tl.store(tail, tl.load(new, mask=kept, other=0), mask=kept)
+        tl.store(tail + slot * TAIL, tl.load(new, mask=kept, other=0), mask=kept)
 
 
 @triton.jit
@@ -113,14 +113,14 @@ def step_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail_k
                 key_stride, value_stride, table_stride, q, key_extra, q_stride, KV_HEADS: tl.constexpr, D: tl.constexpr,
                 PAGE: tl.constexpr, TOKENS: tl.constexpr, KEY_BITS: tl.constexpr, KEY_META: tl.constexpr,
                 VALUE_BITS: tl.constexpr, VALUE_META: tl.constexpr, GROUP: tl.constexpr, SM90: tl.constexpr):
-    """Program (b, head, part) does a part, as in extend_kernel, of request b, whose new token is in row b."""
-    part = tl.program_id(2)
-    if part < D // CHANNELS:
+    """Program (head, part), b, what does a part, as in extend_kernel, of request b, whose new token is in row b."""
+    part = tl.program_id(0) % (D // CHANNELS)
+    if tl.program_id(2) == 0:
         step_part(key, key_stride, key_tokens(PAGE), key_words(part), part, 0, PAGE, key_codes, key_meta, key_extra,
                   tail_key, table, slots, seq_lens, table_stride, q, q_stride, KV_HEADS, D, PAGE, KEY_BITS, KEY_META,
                   GROUP, SM90, True)
     else:
-        start = (part - D // CHANNELS) * TOKENS
+        start = part * TOKENS
         step_part(value, value_stride, value_tokens(start, TOKENS), value_words(D), start, start, start + TOKENS,
                   value_codes, value_meta, None, tail_value, table, slots, seq_lens, table_stride, q, q_stride,
                   KV_HEADS, D, PAGE, VALUE_BITS, VALUE_META, 0, SM90, False)
@@ -131,7 +131,7 @@ def step_part(new, stride, token, word, part, start, stop, codes, meta, extra, t
               table_stride, q, q_stride, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
               BITS: tl.constexpr, META: tl.constexpr, GROUP: tl.constexpr, SM90: tl.constexpr, KEYS: tl.constexpr):
     """As extend_part; tokens start .. stop - 1 are those of the tensor of words."""
-    b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, head = tl.program_id(1).to(tl.int64), tl.program_id(0) // (D // CHANNELS)
     dtype: tl.constexpr = new.dtype.element_ty
     end = tl.load(seq_lens + b).to(tl.int32)
     slot = tl.load(slots + b).to(tl.int64)
@@ -139,8 +139,7 @@ def step_part(new, stride, token, word, part, start, stop, codes, meta, extra, t
     tail = words_at(tail + (slot * PAGE * KV_HEADS + head) * D) + word
     if end % PAGE == 0:
         page = tl.load(table + slot * table_stride + end - PAGE).to(tl.int64) // PAGE
-        w = tl.load(tail + token * (KV_HEADS * D // 2), mask=token < PAGE - 1, other=0)
-        w = tl.load(new + 0 * token, mask=token == PAGE - 1, other=w)
+        w = tl.load(tl.where(token < PAGE - 1, tail + token * (KV_HEADS * D // 2), new))
         query = q if GROUP == 0 else q + b * q_stride + head * (GROUP * D)
         store_part(w, page * KV_HEADS + head, part, codes, meta, extra, query, D, PAGE, BITS, META, GROUP, dtype, SM90,
                    KEYS)
@@ -150,7 +149,7 @@ def step_part(new, stride, token, word, part, start, stop, codes, meta, extra, t
 
 
 EXTEND_WARPS, STEP_WARPS = 2, 4  # of a program, for pages of 64, chosen on an H100: a step mostly waits for one page
-REGISTERS = 96  # of a lane at 16 bits, which suffice; the compiler takes up to 128, and then fewer programs run at once
+REGISTERS = 88  # of a lane at 16 bits, which suffice; the compiler takes up to 128, and then fewer programs run at once
 
 
 def store_decode(key: torch.Tensor, value: torch.Tensor, keys: PackedPages, values: PackedPages,
@@ -222,4 +221,4 @@ def _launch(warps: int, count: int, keys: PackedPages, values: PackedPages, tail
                  "VALUE_BITS": values.bits, "VALUE_META": values.meta.shape[4], "GROUP": group,
                  "SM90": has_integers_in_pairs(tail.device), "num_warps": warps * page // 64,
                  "maxnreg": REGISTERS * tail.itemsize // 2}
-    return (count, kv_heads, head_dim // CHANNELS.value + page // tokens), constants
+    return (kv_heads * head_dim // CHANNELS.value, count, 2), constants

@@ -34,7 +34,10 @@ def key_words(part):
 
 @triton.jit
 def by_channel(a, b):
-    """a, b (PAIRS), to be broadcast over tokens: (1, 2, 1, 16)."""
+    """Words a, b (PAIRS), to be broadcast over tokens: (1, 2, 1, 16).
+
+    Lanes wait for each other here, so what a lane can work out again from fewer words does not come this way.
+    """
     a, b = gather_two(a, b, tl.arange(0, PAIRS))
     return tl.reshape(a, [2, 16])[None, :, None, :], tl.reshape(b, [2, 16])[None, :, None, :]
 
@@ -45,6 +48,7 @@ def store_keys(w, part, at, codes, meta, extra, query, D: tl.constexpr, PAGE: tl
     """Words (PAGE / 8, 2, 8, 16), as above, become `part` of page and head `at` of codes, meta, extra.
 
     query: (GROUP, D) at the page's last position, if GROUP is not 0: keys are boosted.
+    Stores come last, since `at` takes loads that depend on each other.
     """
     codes += at * (PAGE * D * BITS // 8)
     meta = words_at(meta + at * (D * META)) + part * PAIRS + tl.arange(0, PAIRS)
@@ -61,12 +65,12 @@ def store_plain_keys(w, part, codes, meta, D: tl.constexpr, BITS: tl.constexpr, 
     low_even, high_even, low_odd, high_odd = ranges_of_channels(w, dtype)
     scale_even, zero_even = scale_and_zero(low_even, high_even, BITS, META)
     scale_odd, zero_odd = scale_and_zero(low_odd, high_odd, BITS, META)
-    tl.store(meta, fp16_pairs(scale_even, scale_odd))
-    if META == 2:
-        tl.store(meta + D // 2, fp16_pairs(zero_even, zero_odd))
-    zero_even, zero_odd = by_channel(zero_even, zero_odd)
-    a = key_places(even(w, dtype), scale_even, zero_even, UNITS, 0.5 * UNIT, BITS, META)
-    b = key_places(odd(w, dtype), scale_odd, zero_odd, UNITS, 0.5 * UNIT, BITS, META)
+    scales, zeros = fp16_pairs(scale_even, scale_odd), fp16_pairs(zero_even, zero_odd)
+    scale, zero = by_channel(scales, zeros)
+    s, r = divisor(even(scale, tl.float16), UNITS)
+    a = places(even(w, dtype), even(zero, tl.float16), s, r, 0.5 * UNIT, BITS, META)
+    s, r = divisor(odd(scale, tl.float16), UNITS)
+    b = places(odd(w, dtype), odd(zero, tl.float16), s, r, 0.5 * UNIT, BITS, META)
     code = integer_pairs(a, b, (1 << BITS) - 1, SM90)
     if BITS == 4:
         x, y = tl.split(tl.reshape(code, [code.shape[0], 2, 8, 8, 2]))
@@ -76,6 +80,9 @@ def store_plain_keys(w, part, codes, meta, D: tl.constexpr, BITS: tl.constexpr, 
         x, y = tl.split(tl.reshape(x + y * 4, [code.shape[0], 2, 8, 4, 2]))
         code = x + y * 16
     store_key_words(code, part, codes, D, BITS)
+    tl.store(meta, scales)
+    if META == 2:
+        tl.store(meta + D // 2, zeros)
 
 
 @triton.jit
@@ -83,38 +90,54 @@ def store_boosted_keys(w, part, codes, meta, query, extra, D: tl.constexpr, PAGE
                        dtype: tl.constexpr, SM90: tl.constexpr):
     """The same with four bits, and eight in one channel of each slot."""
     pair = tl.arange(0, PAIRS)
+    weight_even, weight_odd = square_sums(query + part * PAIRS, pair, D, GROUP, dtype)  # first: loads, as those of w
     low_even, high_even, low_odd, high_odd = ranges_of_channels(w, dtype)
     span_even, span_odd = high_even - low_even, high_odd - low_odd
-    weight_even, weight_odd = square_sums(query + part * PAIRS, pair, D, GROUP, dtype)
     slot = boost_slot(2 * pair) // 2  # that of the even channel is 2 slot, of the odd one 2 slot + 1
     best_even = most_important(weight_even * (span_even * span_even), slot, pair)
     best_odd = most_important(weight_odd * (span_odd * span_odd), slot, pair)
     scale_even, scale_odd = boosted_scale(span_even, best_even), boosted_scale(span_odd, best_odd)
     zero_even, zero_odd = to_fp16(low_even), to_fp16(low_odd)
     mark = tl.where(best_even, 0x8000, 0) | tl.where(best_odd, -0x80000000, 0)  # set as a bit: -0 marks, too
-    tl.store(meta, fp16_pairs(scale_even, scale_odd) | mark)
-    tl.store(meta + D // 2, fp16_pairs(zero_even, zero_odd))
-    zero_even, zero_odd = by_channel(zero_even, zero_odd)
-    units_even, units_odd = tl.where(best_even, UNITS, UNITS / COARSE), tl.where(best_odd, UNITS, UNITS / COARSE)
-    best_even, best_odd = by_channel(best_even.to(tl.int32), best_odd.to(tl.int32))
-    half = tl.where(best_even != 0, 0.5 * UNIT, 0.5 * UNIT * COARSE)
-    a = key_places(even(w, dtype), scale_even, zero_even, units_even, half, 8, 2)
-    half = tl.where(best_odd != 0, 0.5 * UNIT, 0.5 * UNIT * COARSE)
-    b = key_places(odd(w, dtype), scale_odd, zero_odd, units_odd, half, 8, 2)
+    scales, zeros = fp16_pairs(scale_even, scale_odd) | mark, fp16_pairs(zero_even, zero_odd)
+    scale, zero = by_channel(scales, zeros)
+    best_even, best_odd = (scale & 0x8000) != 0, scale < 0
+    a = boosted_places(even(w, dtype), even(scale, tl.float16), even(zero, tl.float16), best_even)
+    b = boosted_places(odd(w, dtype), odd(scale, tl.float16), odd(zero, tl.float16), best_odd)
     code = integer_pairs(a, b, 255, SM90)  # of all channels in eight bits, of which others than the best keep four
     x, y = tl.split(tl.reshape(code, [PAGE // 8, 2, 8, 8, 2]))
     store_key_words(x >> 4 & 0x000F000F | y & 0x00F000F0, part, codes, D, 4)
-    # Second halves: four tokens fill 16 bits.
+    store_second_halves(code, best_even, best_odd, part, extra, D, PAGE)
+    tl.store(meta, scales)
+    tl.store(meta + D // 2, zeros)
+
+
+@triton.jit
+def store_second_halves(code, best_even, best_odd, part, extra, D: tl.constexpr, PAGE: tl.constexpr):
+    """Of code (PAGE / 8, 2, 8, 16), bytes in halves of int32, the low four bits of the best channels."""
     TILES: tl.constexpr = PAGE // 32
-    x = tl.reshape(code & 0x000F000F, [2, 2, TILES, 2, 8, 16])  # m, half, tile, .., g, ..
-    x, y = tl.split(tl.permute(x, (0, 2, 3, 4, 5, 1)))
-    x, y = tl.split(tl.permute(x + y * 16, (1, 2, 3, 4, 0)))
-    unit = x + y * 256
+    # Of a lane's four pairs two are of the same slots, of each of which one channel is the best.
+    mine = tl.where(best_even, 0xFFFF, 0) | tl.where(best_odd, -65536, 0)
+    x = tl.sum(tl.reshape(code & mine & 0x000F000F, [PAGE // 8, 2, 8, 4, 2, 2]), axis=4)
+    mine = tl.sum(tl.reshape(mine, [1, 2, 1, 4, 2, 2]), axis=4)
+    # Four tokens fill 16 bits.
+    x = tl.reshape(x, [2, 2, TILES, 2, 8, 4, 2])  # m, half, tile, half of the channels, g, lane, which slots
+    x, y = tl.split(tl.permute(x, (0, 2, 3, 4, 5, 6, 1)))
+    x, y = tl.split(tl.permute(x + y * 16, (1, 2, 3, 4, 5, 0)))
+    x, y = tl.split(x + y * 256)
+    mine_x, mine_y = tl.split(mine)
     place = tl.arange(0, TILES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    slot = part * 4 + 2 * tl.reshape(slot, [2, 16])[None, :, None, :]
-    at = extra.to(tl.pointer_type(tl.int16)) + place * (D // 16) + slot
-    tl.store(at, unit.to(tl.int16), mask=best_even != 0)
-    tl.store(at + 1, (unit >> 16).to(tl.int16), mask=best_odd != 0)
+    at = extra.to(tl.pointer_type(tl.int16)) + place * (D // 16) + part * 4 + tl.zeros_like(x)
+    half = tl.arange(0, 2)[None, :, None, None]  # in the second one boost_slot has slots the other way round
+    store_slots(x, at + 2 * half, mine_x)
+    store_slots(y, at + (2 - 2 * half), mine_y)
+
+
+@triton.jit
+def store_slots(x, at, mine):
+    """Halves of x, of a slot with an even channel and of the next one, where those of `mine` are ones."""
+    tl.store(at, x.to(tl.int16), mask=(mine & 0xFFFF) != 0)
+    tl.store(at + 1, (x >> 16).to(tl.int16), mask=mine < 0)
 
 
 @triton.jit
@@ -147,11 +170,10 @@ def boosted_scale(span, best):
 
 
 @triton.jit
-def key_places(x, scale, zero, units, half, BITS: tl.constexpr, META: tl.constexpr):
-    """Places of x (PAGE / 8, 2, 8, 16); scale, units (PAIRS), zero, half (1, 2, 1, 16)."""
-    s, r = divisor(scale, units)
-    s, r = by_channel(s, r)
-    return places(x, zero, s, r, half, BITS, META)
+def boosted_places(x, scale, zero, best):
+    """Places of x (PAGE / 8, 2, 8, 16), of eight bits; scale, whose sign is a mark, zero, best (1, 2, 1, 16)."""
+    s, r = divisor(tl.abs(scale), tl.where(best, UNITS, UNITS / COARSE))
+    return places(x, zero, s, r, tl.where(best, 0.5 * UNIT, 0.5 * UNIT * COARSE), 8, 2)
 
 
 @triton.jit

@@ -47,18 +47,20 @@ def store_values(w, at, codes, meta, D: tl.constexpr, BITS: tl.constexpr, META: 
     token = tl.arange(0, TOKENS)  # one lane a token from here on
     low, high = gather_two(low, high, row_of_token(token, TOKENS))
     scale, zero = scale_and_zero(low, high, BITS, META)
+    s, r = divisor(scale, UNITS)
+    row = token_of_row(token, TOKENS)
+    s, r = gather_two(s, r, row)
+    from_zero = zero
+    if META == 2:
+        from_zero = tl.gather(zero, row, 0)
+    a = places(even(w, dtype), from_zero[:, None], s[:, None], r[:, None], 0.5 * UNIT, BITS, META)
+    b = places(odd(w, dtype), from_zero[:, None], s[:, None], r[:, None], 0.5 * UNIT, BITS, META)
+    store_value_words(integer_pairs(a, b, (1 << BITS) - 1, SM90), codes, D, BITS)
+    # Last: `at` takes loads that depend on each other.
     if META == 2:
         tl.store(words_at(meta) + token, fp16_pairs(scale, zero))
     else:
         tl.store(meta + token, scale.to(tl.float16))
-    s, r = divisor(scale, UNITS)
-    row = token_of_row(token, TOKENS)
-    s, r = gather_two(s, r, row)
-    if META == 2:
-        zero = tl.gather(zero, row, 0)
-    a = places(even(w, dtype), zero[:, None], s[:, None], r[:, None], 0.5 * UNIT, BITS, META)
-    b = places(odd(w, dtype), zero[:, None], s[:, None], r[:, None], 0.5 * UNIT, BITS, META)
-    store_value_words(integer_pairs(a, b, (1 << BITS) - 1, SM90), codes, D, BITS)
 
 
 @triton.jit
