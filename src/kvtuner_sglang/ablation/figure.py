@@ -29,6 +29,8 @@ def at_most(frame: "pd.DataFrame", column: str) -> "tuple[pd.DataFrame, str]":
 
 def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
     """One measure: groups are layouts, bars formats in the order of their colours."""
+    from matplotlib.ticker import EngFormatter
+
     rows, label = at_most(frame, column)
     names = [name for name in COLOURS if name in set(frame["quant"])]
     layouts = [name for name in LAYOUTS if name in set(frame["dist"])]
@@ -40,6 +42,8 @@ def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
     ax.set_xticks(range(len(layouts)), layouts)
     ax.grid(visible=False, axis="x")
     ax.set_ylabel(label)
+    if column == "kv_tokens":
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))  # 600k, 2M
 
 
 def served_figure(frame: "pd.DataFrame") -> "Figure":
