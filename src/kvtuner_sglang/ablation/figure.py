@@ -49,7 +49,7 @@ def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
 def served_figure(frame: "pd.DataFrame") -> "Figure":
     """The formats that have a colour; others, and plans by layer, are rows of the table alone."""
     frame = frame[frame["quant"].isin(COLOURS)]
-    figure, axes = panels(len(MEASURES), 1, height_in=4.2, shared=False)
+    figure, axes = panels(len(MEASURES), 1, height_in=3.5, shared=False)
     for ax, column in zip(axes[:, 0], MEASURES, strict=True):
         draw(ax, frame, column)
     legend_below(figure, axes, columns=8)
