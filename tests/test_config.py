@@ -108,6 +108,15 @@ def test_the_ablation_is_every_format_on_every_topology():
     assert (load(*one).dist.name, load(*one).quant.name, load(*one).workload.name) == ("tp2", "kv2", "ablation")
 
 
+def test_the_ablation_on_a_gpu_is_every_format_in_the_same_bytes():
+    jobs = [load(*job) for job in command_line.jobs(["exp=ablation_gpu"], CONF, multirun=True)]
+    assert [job.quant.name for job in jobs] == ["bf16", "fp8", "kv8", "kv4", "kv2", "k8v4", "k4v2", "kv4_token"]
+    [shared] = {(job.dist.name, job.server, job.workload.name, job.model.name, job.quality.probe) for job in jobs}
+    assert shared == ("single", load("exp=ablation_gpu", "quant=kv4", "dist=single").server, "seed_report_gpu",
+                      "qwen2_5_7b_dummy", False)
+    assert (jobs[0].server.device, jobs[0].server.kv_gib) == ("cuda", 24)
+
+
 @pytest.mark.parametrize("name", [name for name in options("quant") if name != "plan"])
 def test_a_quant_file_is_what_its_name_says(name):
     quant = load(f"quant={name}").quant
@@ -233,6 +242,7 @@ def sigterm_as_before() -> Iterator[None]:
         (["task=agreement", "agreement.prompt_tokens=1", "quant=bf16"], "fills no page of 1 "),
         (["quant=kv4,kv8"], "add -m"),
         (["exp=ablation", "quant=kv4"], "add -m"),
+        (["exp=ablation_gpu"], "add -m"),
         (["exp=oblation"], "choose from"),
         (["task=forensics", "dist=tp2pp2", "workload=open"], "is a load: choose workload=seed_report"),
         (["task=tune", "quant=kv4"], "task=tune does not read quant=kv4: leave it out"),

@@ -57,8 +57,8 @@ def extend_kernel(key, value, key_codes, key_meta, value_codes, value_meta, tail
                   SM90: tl.constexpr):
     """Program (head, part), i, what does a part of item i's keys, what = 0, or values, of kv head `head`.
 
-    Each has D / 64 parts, of 64 channels or of TOKENS.  Neighbouring programs read neighbouring bytes, keys, which take
-    longer, come first.
+    Each has D / 64 parts, of 64 channels or of TOKENS.  Keys, which take longer, come first; neighbouring programs read
+    neighbouring bytes of the same tokens.
 
     GROUP: query heads a kv head, 0 if keys are not boosted; q and key_extra are None then.
     """
@@ -208,7 +208,7 @@ def has_integers_in_pairs(device: torch.device) -> bool:
 
 def _launch(warps: int, count: int, keys: PackedPages, values: PackedPages, tail: torch.Tensor,
             q: torch.Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid for `count` items, and the arguments that both kernels have."""
+    """The grid for `count` items, at most 65,535, a grid's y (4 million new tokens), and what both kernels are given."""
     _, page, kv_heads, head_dim = tail.shape
     group, q_stride = 0, 0
     if keys.extra is not None:

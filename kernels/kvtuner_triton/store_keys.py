@@ -116,7 +116,7 @@ def store_boosted_keys(w, part, codes, meta, query, extra, D: tl.constexpr, PAGE
 def store_second_halves(code, best_even, best_odd, part, extra, D: tl.constexpr, PAGE: tl.constexpr):
     """Of code (PAGE / 8, 2, 8, 16), bytes in halves of int32, the low four bits of the best channels."""
     TILES: tl.constexpr = PAGE // 32
-    # Of a lane's four pairs two are of the same slots, of each of which one channel is the best.
+    # Of a lane's four pairs every other one is of the same slots: at most one of the two has a slot's best channel.
     mine = tl.where(best_even, 0xFFFF, 0) | tl.where(best_odd, -65536, 0)
     x = tl.sum(tl.reshape(code & mine & 0x000F000F, [PAGE // 8, 2, 8, 4, 2, 2]), axis=4)
     mine = tl.sum(tl.reshape(mine, [1, 2, 1, 4, 2, 2]), axis=4)
@@ -128,7 +128,7 @@ def store_second_halves(code, best_even, best_odd, part, extra, D: tl.constexpr,
     mine_x, mine_y = tl.split(mine)
     place = tl.arange(0, TILES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
     at = extra.to(tl.pointer_type(tl.int16)) + place * (D // 16) + part * 4 + tl.zeros_like(x)
-    half = tl.arange(0, 2)[None, :, None, None]  # in the second one boost_slot has slots the other way round
+    half = tl.arange(0, 2)[None, :, None, None]  # in the second one boost_slot has slots 2, 3 before 0, 1
     store_slots(x, at + 2 * half, mine_x)
     store_slots(y, at + (2 - 2 * half), mine_y)
 

@@ -22,7 +22,8 @@ from kvtuner_triton.prefix import PrefixTuning, prefix_kernel, prefix_tuning
 SHAPES = ((4, True, 4, 128, 64, 64), (4, True, 4, 64, 128, 32), (8, False, 2, 64, 128, 32))
 FORMATS = ((4, 4, 128, 64, True), (4, 8, 64, 128, True), (2, 4, 128, 128, False))  # key and value bits, .., boosted
 # key bits, boosted, value bits, dtype, sm
-STORES = ((4, True, 8, "bf16", 90), (4, False, 2, "fp16", 90), (2, True, 4, "fp32", 90), (4, True, 4, "bf16", 80))
+STORES = ((4, True, 8, "bf16", 90), (4, False, 2, "fp16", 90), (4, True, 4, "fp32", 90), (4, True, 4, "bf16", 80),
+          (8, False, 8, "bf16", 90), (2, False, 2, "fp16", 90))
 TILES = ((4, 64, 128, "bf16"), (7, 64, 128, "bf16"), (1, 128, 64, "fp16"), (2, 0, 128, "bf16"), (1, 64, 128, "fp32"))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -108,7 +109,7 @@ if __name__ == "__main__":
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert ".local" not in ptx  # no array of a lane's lives in memory
     for i, fmt in enumerate(STORES):
-        ptx = store_ptx(*fmt, 128, 64, decode=i % 2 == 1)
+        ptx = store_ptx(*fmt, *((128, 64) if i < 4 else (64, 128)), decode=i % 2 == 1)
         assert "ld.global.v4.b32" in ptx or fmt[3] == "fp32"
         assert ("min.u16x2" in ptx) == (fmt[4] >= 90)
     for fmt in FORMATS:

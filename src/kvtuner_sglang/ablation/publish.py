@@ -1,6 +1,6 @@
-"""Finished runs of exp=ablation -> a published folder: their records and samples, and a tidy table for each machine.
+"""Finished runs of an ablation -> a published folder: their records and samples, and a tidy table for each machine.
 
-    python -m kvtuner_sglang.ablation.publish runs/serve-*-ablation-* runs/published/ablation
+    python -m kvtuner_sglang.ablation.publish RUN_DIR... runs/published/ablation
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Records of exp=ablation -> one tidy table, a row a test; what a row did not measure is empty."""
+"""Records of an ablation -> one tidy table, a row a test; what a row did not measure is empty."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any

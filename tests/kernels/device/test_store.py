@@ -68,6 +68,18 @@ def test_decode_steps(device, data):
     check(random_store_case(ends, [1] * len(ends), device=device, **fmt), decode=True)
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits", "boosted", "dtype"), [
+    (8, 8, False, torch.float16), (4, 4, True, torch.bfloat16), (2, 2, False, torch.float32)])
+@pytest.mark.parametrize(("page", "head_dim"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_every_size_of_page_and_head(device, page, head_dim, key_bits, value_bits, boosted, dtype):
+    """A request begins inside a page and ends inside another; of two steps one completes a page."""
+    for ends, news in (([2 * page + 3], [page + 40]), ([page, 2 * page - 1], [1, 1])):
+        case = random_store_case(ends, news, kv_heads=2, head_dim=head_dim, page=page, key_bits=key_bits,
+                                 value_bits=value_bits, symmetric=(False, boosted), boosted=boosted, dtype=dtype,
+                                 device=device)
+        check(case, decode=len(ends) > 1)
+
+
 def test_padded_requests_write_to_slot_0_alone(device):
     case = random_store_case([64, 70, 1], [1, 1, 1], kv_heads=1, head_dim=64, page=64, key_bits=4, value_bits=4,
                              device=device)
