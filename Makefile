@@ -29,7 +29,7 @@ test-slow: setup
 
 # On a machine with an NVIDIA GPU; elsewhere each says why it is skipped.
 test-gpu: setup
-	.venv/bin/python -m pytest -n 8 -m "gpu and not slow" $(ARGS)
+	.venv/bin/python -m pytest -m "gpu and not slow" $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
