@@ -8,7 +8,7 @@ PYTHON ?= $(or $(shell for python in .venv/bin/python python3 python3.12 python3
 	&& echo $$python && break; done),python3)
 ARGS ?=
 
-.PHONY: run test test-slow lint setup clean
+.PHONY: run test test-slow test-gpu lint setup clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -26,6 +26,10 @@ test: setup
 
 test-slow: setup
 	.venv/bin/python -m pytest -m "not gpu and slow" $(ARGS)
+
+# On a machine with an NVIDIA GPU; elsewhere each says why it is skipped.
+test-gpu: setup
+	.venv/bin/python -m pytest -m "gpu and not slow" $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

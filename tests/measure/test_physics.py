@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -133,9 +134,8 @@ def test_a_measured_roofline_is_kept_for_its_machine(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_is_measured_near_its_data_sheet() -> None:
-    import torch
-
     peak = peak_of(torch.cuda.get_device_name())
     found = roofline.measure("cuda", "bfloat16", 1 << 30)
     assert peak is not None, "a card that PEAKS does not list"

@@ -87,6 +87,13 @@ def test_samples_whose_checksum_was_made_to_fit_fail(project):
     assert wrong(project) == [f"{samples} is not what the record says: repeat the run with force=true."]
 
 
+def test_a_record_that_names_a_folder_of_its_machine_fails(project):
+    path = project / KV4 / "record.json"
+    path.write_text(path.read_text().replace('"~/', '"/home/someone/', 1))
+    write_sums(project / QUALITY)
+    assert wrong(project) == [f"{path} names folders of the machine that it was made on: publish it again."]
+
+
 def test_a_run_that_did_not_end_well_fails(project):
     path = project / KV4 / "record.json"
     record = json.loads(path.read_text())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.machine_paths import forget_machine_paths
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, file_sha256, load_record
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 
@@ -44,13 +45,13 @@ def publishable(run_dir: Path, task: str) -> RunRecord:
 
 
 def copy_run(run_dir: Path, target: Path, files: Sequence[str] = ()) -> None:
-    """Record, samples and `files` of a run in place of what `target` held; nothing to do if it is the run itself."""
-    if target.resolve() == run_dir.resolve():
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for file in (RECORD_FILE, SAMPLES_FILE, *files):
-        shutil.copyfile(run_dir / file, target / file)
+    """Record, samples and `files` of a run in place of what `target` held, if that is not the run itself."""
+    if target.resolve() != run_dir.resolve():
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for file in (RECORD_FILE, SAMPLES_FILE, *files):
+            shutil.copyfile(run_dir / file, target / file)
+    forget_machine_paths(target)
 
 
 def published_runs(folder: Path, task: str) -> list[RunRecord]:

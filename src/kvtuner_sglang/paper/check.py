@@ -1,14 +1,15 @@
 """Does everything that is claimed still follow from runs/published?
 
-Of every published folder: its checksums cover every file and hold, its records are whole runs that ended ok, and its
-tables are those that the records give.  Of every claim: its numbers are there, each in its band, and its commands make
-anew whatever they are read from.
+Of every published folder: its checksums cover every file and hold, its records are whole runs that ended ok and name no
+folder of a machine, and its tables are those that the records give.  Of every claim: its numbers are there, each in its
+band, and its commands make anew whatever they are read from.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.machine_paths import has_machine_paths
 from kvtuner_sglang.evidence.published import SUMS_FILE, publishable
 from kvtuner_sglang.evidence.record import RECORD_FILE, file_sha256, load_record
 from kvtuner_sglang.paper.claims import Claim, Claims
@@ -19,6 +20,8 @@ from kvtuner_sglang.paper.repeat import published_runs, repeated
 def folder_problems(folder: Path) -> Iterator[str]:
     """What is wrong with one published folder, a sentence each."""
     yield from _sum_problems(folder)
+    for path in sorted(path for path in folder.rglob("*.json*") if has_machine_paths(path.read_text(encoding="utf-8"))):
+        yield f"{path} names folders of the machine that it was made on: publish it again."
     for path in sorted(folder.rglob(RECORD_FILE)):
         try:
             publishable(path.parent, load_record(path.parent).config["task"])
