@@ -208,7 +208,10 @@ def has_integers_in_pairs(device: torch.device) -> bool:
 
 def _launch(warps: int, count: int, keys: PackedPages, values: PackedPages, tail: torch.Tensor,
             q: torch.Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid for `count` items, at most 65,535, a grid's y (4 million new tokens), and what both kernels are given."""
+    """The grid for `count` items, and the arguments that both kernels have.
+
+    count: at most 65,535, a grid's y; so many pages are 4 million new tokens.
+    """
     _, page, kv_heads, head_dim = tail.shape
     group, q_stride = 0, 0
     if keys.extra is not None:

@@ -20,7 +20,7 @@ from paper_project import QUALITY, ROOT, replace
 # Digits that are part of a name or a definition; a result is never one of these words
 DEFINITIONS = {
     "1", "2", "4", "8", "16", "64", "128", "16-bit", "4-digit", "8-bit", "0", "SmolLM2-135M",
-    "Qwen2.5-Coder-0.5B", "float32", "95%", "bf16", "fp16",
+    "Qwen2.5-Coder-0.5B", "Qwen2.5-7B's", "H100", "float32", "95%", "bf16", "fp16",
 }
 
 
