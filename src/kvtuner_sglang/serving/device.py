@@ -18,5 +18,6 @@ def serving_device(server: ServerConfig, dev: Path = Path("/dev")) -> Device:
     if server.device == "auto":
         return "cuda" if has_gpu else "cpu"
     if server.device == "cuda" and not has_gpu:
-        raise UserError("server.device=cuda needs an NVIDIA GPU and this machine shows none: use server.device=cpu.")
+        raise UserError("server.device=cuda needs an NVIDIA GPU and this machine shows none: use server.device=cpu, "
+                        "for a small model.")
     return server.device
