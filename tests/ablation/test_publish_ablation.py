@@ -66,6 +66,7 @@ def test_another_machine_has_a_table_of_its_own(run_dir: Callable[..., Path], tm
     (["quant=kv8"], {"git_dirty": True}, "no commit describes"),
     (["quant=kv8", "workload.ttft.repeats=4"], {}, "another workload"),
     (["quant=kv8", "seed=1"], {}, "another seed"),
+    (["quant=kv8", "server.device=cuda"], {}, "another server"),
     (["quant=kv4", "quant.asym=false"], {}, "are both kv4 on single"),
     (["quant=kv8", "task=quality"], {}, "a run of task=quality"),
 ])
@@ -76,3 +77,9 @@ def test_what_does_not_belong_in_the_table_is_refused(run_dir: Callable[..., Pat
     with pytest.raises(UserError, match=part):
         publish([run_dir(*overrides, **changed)], tmp_path / "ablation")
     assert {path: path.read_bytes() for path in tmp_path.glob("ablation/**/*") if path.is_file()} == before
+
+
+def test_a_device_that_was_found_is_the_one_that_was_named(run_dir: Callable[..., Path], tmp_path: Path) -> None:
+    publish([run_dir("quant=kv4"), run_dir("quant=kv8", "server.device=cpu")], tmp_path / "ablation")
+    gpu = dict.fromkeys(NO_GPU, "1") | {"gpus": ("Test GPU",), "unknown": {}}
+    publish([run_dir("quant=kv2", **gpu), run_dir("quant=k4v2", "server.device=cuda", **gpu)], tmp_path / "gpu")

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.machine_paths import forget_machine_paths
@@ -95,9 +96,17 @@ def require_comparable(records: Sequence[RunRecord], apart: Sequence[str] = ()) 
         if other is not record:
             raise UserError(f"{record.name} and {other.name} are both {quant} on {dist}: publish one of them.")
         for part in ALIKE:
-            if record.config[part] != (like := first.setdefault(of_machine, record)).config[part]:
+            if _found(record, part) != _found(like := first.setdefault(of_machine, record), part):
                 raise UserError(f"{record.name} has another {part} than {like.name}: publish runs that differ in "
                                 "model, quant and dist alone.")
+
+
+def _found(record: RunRecord, part: str) -> Any:
+    """A part of its configuration; of the server with the device that auto found."""
+    value = record.config[part]
+    if part == "server" and value["device"] == "auto":
+        return value | {"device": "cuda" if record.environment.gpus else "cpu"}
+    return value
 
 
 def publish_main(help_text: str | None, arguments: Sequence[str],
