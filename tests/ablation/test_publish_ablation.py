@@ -10,6 +10,7 @@ import pytest
 
 from kvtuner_sglang.ablation.publish import publish, tables
 from kvtuner_sglang.errors import UserError
+from kvtuner_sglang.evidence.published import publish_main
 from serve_records import NO_GPU, metric, write_run
 
 METRICS = ({f"ttft_ms/prompt_tokens={n}": metric(10.0 * n, "ms") for n in (10, 100)}
@@ -83,3 +84,10 @@ def test_a_device_that_was_found_is_the_one_that_was_named(run_dir: Callable[...
     publish([run_dir("quant=kv4"), run_dir("quant=kv8", "server.device=cpu")], tmp_path / "ablation")
     gpu = dict.fromkeys(NO_GPU, "1") | {"gpus": ("Test GPU",), "unknown": {}}
     publish([run_dir("quant=kv2", **gpu), run_dir("quant=k4v2", "server.device=cuda", **gpu)], tmp_path / "gpu")
+
+
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    publish_main("how it is used", ["--help"], publish)
+    assert capsys.readouterr().out == "how it is used"
+    with pytest.raises(SystemExit, match="how it is used"):
+        publish_main("how it is used", ["runs/one"], publish)

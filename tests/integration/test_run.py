@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvtuner_sglang.report.language import TEXTS
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 SHORT = [
@@ -93,6 +95,16 @@ def test_a_finished_run_is_skipped(tp2pp2):
     done = run("quant=kv4", "dist=tp2pp2", f"runs_dir={tp2pp2.parent}", *SHORT, timeout_s=20)
     assert done.returncode == 0
     assert "skipped" in done.stdout
+    assert (tp2pp2 / "record.json").read_bytes() == before
+
+
+def test_a_finished_run_has_its_report_in_another_language_without_another_measurement(tp2pp2):
+    before, english = (tp2pp2 / "record.json").read_bytes(), (tp2pp2 / "report.md").read_text()
+    asked = ("quant=kv4", "dist=tp2pp2", f"runs_dir={tp2pp2.parent}", *SHORT)
+    assert run(*asked, "report.language=zh", timeout_s=20).returncode == 0
+    assert TEXTS["zh"]["memory"] in (tp2pp2 / "report.md").read_text()
+    assert run(*asked, timeout_s=20).returncode == 0
+    assert (tp2pp2 / "report.md").read_text() == english
     assert (tp2pp2 / "record.json").read_bytes() == before
 
 

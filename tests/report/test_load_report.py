@@ -25,7 +25,7 @@ def table(report: str, first_cell: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", LOADS)
 def test_every_load_has_its_sections_and_no_gap(make_run: MakeRun, name: str) -> None:
     report = render(make_run("quant=kv4_token", f"workload={name}"))
-    for heading in ("### 1. Under load", "### 3. Memory usage", "## Other formats under this load", "## Validity"):
+    for heading in ("### 1. Under load", "### 2. Memory usage", "## Other formats under this load", "## Validity"):
         assert f"\n{heading}\n" in report
     assert not re.search(r"\{[a-z_]+[:}]", report)
     assert "None" not in report

@@ -9,6 +9,7 @@ import pytest
 from kvtuner_sglang.evidence.record import RunRecord, write_record
 from kvtuner_sglang.report import text_en
 from kvtuner_sglang.report.console import print_summary
+from kvtuner_sglang.report.language import TEXTS
 from kvtuner_sglang.report.markdown import render, shell_command, write_report
 
 TP2PP2 = ("quant=kv4_token", "dist=tp2pp2", "workload=seed_report")
@@ -202,3 +203,12 @@ def test_sglangs_own_cache_is_not_called_the_models_precision(make_run) -> None:
     assert "SGLang's own cache of 8 bits (fp8_e4m3)" in report
     assert "none, the model's own precision" not in report
     assert "8.00 effective bits" in report
+
+
+def test_a_report_in_another_language_leaves_the_record_as_it_is(record: RunRecord, tmp_path: Path) -> None:
+    run_dir = tmp_path / record.name
+    run_dir.mkdir()
+    before = write_record(run_dir, record).read_bytes()
+    assert TEXTS["zh"]["memory"] in write_report(run_dir, language="zh").read_text()
+    assert write_report(run_dir).read_text() == render(record)
+    assert (run_dir / "record.json").read_bytes() == before

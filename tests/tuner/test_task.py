@@ -212,7 +212,7 @@ def test_the_report_says_what_was_missed(finished_run):
         uniform = next(row for row in compared if row["compared"] == "uniform")
         lines = verdicts([{**compared[0], "kl": uniform["kl"] * factor}, uniform])
         assert len(lines) == 1
-        assert lines[0].endswith(f"{factor:.2f} (0.5 or less: {word})")
+        assert lines[0].endswith(f"{factor:.3f} (0.5 or less: {word})")
     text = render(record, samples)
     assert all(row["name"] in text for row in compared)
     assert f"{compared[0]['kl']:.4f} +- {compared[0]['kl_se']:.4f}" in text

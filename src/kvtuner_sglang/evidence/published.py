@@ -112,6 +112,9 @@ def _found(record: RunRecord, part: str) -> Any:
 def publish_main(help_text: str | None, arguments: Sequence[str],
                  publish: Callable[[Sequence[Path], Path], list[Path]], most_runs: int | None = None) -> None:
     """RUN_DIR... FOLDER on the command line of a publish module: publish, list what was written, or exit saying why."""
+    if "--help" in arguments:
+        sys.stdout.write(help_text or "")
+        return
     *run_dirs, folder = map(Path, arguments) if len(arguments) > 1 else (Path(),)
     if not run_dirs or (most_runs is not None and len(run_dirs) > most_runs):
         sys.exit(help_text)

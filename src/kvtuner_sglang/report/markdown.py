@@ -23,12 +23,14 @@ from kvtuner_sglang.report.tables import memory_section, throughput_section, ttf
 REPORT_FILE = "report.md"
 
 
-def write_report(run_dir: Path, first: Sequence[str] = ()) -> Path:
+def write_report(run_dir: Path, first: Sequence[str] = (), language: str | None = None) -> Path:
     """Write run_dir/report.md from run_dir/record.json and the records beside run_dir; returns its path.
 
-    first: a task's own sections, shown before the results.
+    first: a task's own sections, shown before the results.  language: another one than the run was asked for.
     """
     record = load_record(run_dir)
+    if language:
+        record = record.model_copy(update={"config": record.config | {"report": {"language": language}}})
     path = run_dir / REPORT_FILE
     write_atomically(path, render(record, siblings(record, run_dir.parent), first))
     return path
@@ -47,8 +49,9 @@ def render(record: RunRecord, others: Sequence[RunRecord] = (), first: Sequence[
     else:
         tests = load_section(record, text) if is_load(record) else [*ttft_section(record, text),
                                                                     *throughput_section(record, text)]
+        number = 1 + sum(part.startswith("### ") for part in tests)
         parts += [f"## {text['results']}", *tests,
-                  *memory_section(record, record.kv, text), *_warnings(record, text),
+                  *memory_section(record, record.kv, text, number), *_warnings(record, text),
                   f"## {text['architecture']}", _one_host(record.kv, record.commands, text),
                   f"```\n{diagram(record.commands, record.kv.ranks, text)}\n```"]
     parts += _commands(record, text)

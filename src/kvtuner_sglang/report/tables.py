@@ -70,11 +70,11 @@ def _throughput_analysis(record: RunRecord, levels: list[int], text: Text) -> st
     )
 
 
-def memory_section(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
-    """Device memory as the seed report has it, and beside it what the pool holds."""
+def memory_section(record: RunRecord, kv: KVRecord, text: Text, number: int) -> list[str]:
+    """Device memory as the seed report has it, and beside it what the pool holds; the results' section `number`."""
     header = tuple(text[key] for key in ("device", "node_column", "used_mib", "total_mib", "utilization", "source"))
     return [
-        f"### 3. {text['memory']}",
+        f"### {number}. {text['memory']}",
         markdown_table(header, [_device_row(device, text) for device in record.memory]),
         text["prealloc"],
         _pool_table(kv, text),

@@ -18,6 +18,10 @@ def run_task(config: RunConfig, overrides: Sequence[str], say: Callable[[str], N
         record = load_record(config.run_dir)
         if record.status == "ok":
             say(f"{config.run_dir}: finished at {record.ended}, skipped; force=true repeats it")
+            if config.task == "serve":  # the record is the same, its report may be asked for in another language
+                from kvtuner_sglang.report.markdown import write_report
+
+                say(f"  report      {write_report(config.run_dir, language=config.report.language)}")
             return Outcome(config.run_dir, record.status, skipped=True, reason=None)
     # Imported here: a sweep whose jobs are all finished must not wait for SGLang's imports.
     if config.task == "quality":

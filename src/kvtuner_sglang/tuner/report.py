@@ -61,7 +61,7 @@ def verdicts(compared: Sequence[dict[str, Any]]) -> list[str]:
             ratio, bound = tuned / row["kl"], BOUNDS.get(row["compared"])
             verdict = "" if bound is None else f" ({bound:g} or less: {'held' if ratio <= bound else 'missed'})"
             lines.append(f"KL of the tuned plan over that of the {KINDS[row['compared']]} "
-                         f"({row['effective_bits']:.3f} bits): {ratio:.2f}{verdict}")
+                         f"({row['effective_bits']:.3f} bits): {ratio:.3f}{verdict}")
     return lines
 
 
