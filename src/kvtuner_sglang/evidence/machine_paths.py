@@ -11,13 +11,14 @@ from kvtuner_sglang.evidence.environment import PROJECT_ROOT
 from kvtuner_sglang.evidence.record import RECORD_FILE, file_sha256, write_atomically
 from kvtuner_sglang.evidence.samples import SAMPLES_FILE
 
-FOLDERS = {str(PROJECT_ROOT): ".", str(Path.home()): "~"}
+PROJECT = {str(PROJECT_ROOT): "."}
+FOLDERS = PROJECT | ({str(Path.home()): "~"} if Path.home() != Path("/") else {})
 HOMES = re.compile(r"(?<![\w.~/-])/(home|root|Users)(?![\w.-])")  # of whoever ran, here or elsewhere
 
 
 def has_machine_paths(text: str) -> bool:
     """Whether it names this checkout's folder, or any user's home folder."""
-    return HOMES.search(text) is not None or without_machine_paths(text, FOLDERS) != text
+    return HOMES.search(text) is not None or without_machine_paths(text, PROJECT) != text
 
 
 def without_machine_paths(text: str, folders: Mapping[str, str]) -> str:

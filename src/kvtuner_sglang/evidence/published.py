@@ -105,7 +105,7 @@ def _found(record: RunRecord, part: str) -> Any:
     """A part of its configuration; of the server with the device that auto found."""
     value = record.config[part]
     if part == "server" and value["device"] == "auto":
-        return value | {"device": "cuda" if record.environment.gpus else "cpu"}
+        return value | {"device": record.environment.auto_device}
     return value
 
 

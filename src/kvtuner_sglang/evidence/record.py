@@ -174,6 +174,11 @@ class Environment(Explained):
         return ", ".join(self.gpus) if self.gpus else f"{self.cpu}, {self.cpu_cores} cores"
 
     @property
+    def auto_device(self) -> str:
+        """What server.device=auto finds there."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
     def machine(self) -> str:
         """What must be equal for two runs to be comparable."""
         return f"{self.host}: {self.hardware}"

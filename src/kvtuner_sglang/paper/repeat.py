@@ -51,7 +51,7 @@ def jobs(command: str, conf: Path) -> list[dict[str, Any]]:
 
 def of_record(record: RunRecord) -> dict[str, Any]:
     """What is compared of a finished run, with the device that it found."""
-    return compared(record.config, auto="cuda" if record.environment.gpus else "cpu")
+    return compared(record.config, auto=record.environment.auto_device)
 
 
 def compared(config: dict[str, Any], auto: str) -> dict[str, Any]:

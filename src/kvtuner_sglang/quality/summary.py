@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtuner_sglang.errors import UserError
 from kvtuner_sglang.evidence.machine_paths import forget_machine_paths
-from kvtuner_sglang.evidence.published import write_sums
+from kvtuner_sglang.evidence.published import publishable, write_sums
 from kvtuner_sglang.evidence.record import RECORD_FILE, RunRecord, load_record
 from kvtuner_sglang.evidence.tidy_tables import to_csv
 
@@ -102,9 +102,10 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
         sys.exit(__doc__)
     folder = Path(arguments[0])
-    for path in folder.glob(f"quality-*/{RECORD_FILE}"):
-        forget_machine_paths(path.parent)
     try:
+        for path in folder.glob(f"quality-*/{RECORD_FILE}"):
+            publishable(path.parent, "quality")
+            forget_machine_paths(path.parent)
         paths = [write_summary(folder), write_sums(folder)]
     except UserError as error:
         sys.exit(f"kvtuner: {error}")
