@@ -35,6 +35,15 @@ def test_bars_are_the_rows_under_most_load_and_a_missing_job_has_none(measure: s
     assert shown == EXPECTED[measure]
 
 
+def test_times_of_another_machine_are_hatched_and_memory_is_not() -> None:
+    frame = table().assign(tpot_floor_ms=[2.0] * 8 + [3.0] * 4)
+    memory, *times = served_figure(frame).axes
+    for ax in times:
+        hatched = {bars.get_label(): [bool(bar.get_hatch()) for bar in bars] for bars in ax.containers}
+        assert hatched == {"bf16": [False, False], "kv4": [True, False]}
+    assert not any(bar.get_hatch() for bar in memory.patches)
+
+
 def test_a_plan_is_not_drawn_nor_named() -> None:
     plan = table().query("quant == 'kv4'").assign(quant="plan_x", dist="pp2", commit="other")
     figure = served_figure(pd.concat([table(), plan]))

@@ -104,6 +104,24 @@ def test_a_run_that_did_not_end_well_fails(project):
     assert any("is invalid (cold_cache: a test)" in sentence for sentence in wrong(project))
 
 
+def test_a_ratio_of_times_from_two_machines_fails_and_of_memory_does_not(tmp_path):
+    table = tmp_path / "runs" / "published" / "x" / "m.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("dist,quant,kv_tokens,output_tok_s,tpot_floor_ms\nsingle,bf16,10,4,1.5\nsingle,kv4,30,5,1.6\n"
+                     "single,kv8,20,6,1.5\ntp2,kv4,60,7,0.8\n")
+
+    def ratio(column, where, **over):
+        return Number(csv="x/m.csv", where=where, column=column, over={"where": over, "column": column},
+                      show=".2f").read(tmp_path)
+
+    kv4, four = {"dist": "single", "quant": "kv4"}, {"dist": "tp2", "quant": "kv4"}
+    assert ratio("kv_tokens", kv4, quant="bf16") == 3
+    assert ratio("output_tok_s", {"dist": "single", "quant": "kv8"}, quant="bf16") == 1.5
+    assert ratio("output_tok_s", four, dist="single") == 1.4  # of two layouts the floors tell nothing
+    with pytest.raises(UserError, match="measured on two machines of a kind"):
+        ratio("output_tok_s", kv4, quant="bf16")
+
+
 def test_files_that_are_not_listed_or_gone_are_named(project):
     (project / QUALITY / "more.txt").write_text("x")
     (project / QUALITY / "README.md").unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_sglang.evidence.record import RunRecord, write_record
+from kvtuner_sglang.evidence.record import Metric, RunRecord, write_record
 from kvtuner_sglang.report import text_en
 from kvtuner_sglang.report.console import print_summary
 from kvtuner_sglang.report.language import TEXTS
@@ -163,6 +163,21 @@ def test_ablation_lists_siblings_and_what_is_missing(make_run: Callable[..., Run
     assert table["kv2"][2] == "not run: `python run.py dist=tp2pp2 workload=seed_report quant=kv2`"
     assert table["kv4_token (this run)"][1] == "`--enable-kvtuner-quant --kvtuner-nbits-key 4`"
     assert "different commits" not in text
+
+
+def test_times_of_another_machine_are_marked_in_the_ablation(make_run: Callable[..., RunRecord]) -> None:
+    def on(floor_ms: float, quant: str) -> RunRecord:
+        run = make_run(f"quant={quant}", *TP2PP2[1:])
+        floor = Metric(unit="ms", n=1, **dict.fromkeys(("mean", "p50", "p90", "p99", "min", "max"), floor_ms))
+        return run.model_copy(update={"metrics": run.metrics | {"tpot_floor_ms": floor}})
+
+    text = render(on(1.5, "kv4"), [on(1.5, "bf16"), on(1.6, "kv8")])
+    table = {row[0]: row for row in rows(section(text, "## Ablation so far"))}
+    assert {name: (row[6].endswith("†"), row[7].endswith("†"), "†" in row[3]) for name, row in table.items()
+            if row[2] == "ok"} == {"bf16": (False, False, False), "kv8": (True, True, False),
+                                   "kv4 (this run)": (False, False, False)}
+    assert "† On another machine of the kind" in text
+    assert "another machine of the kind" not in render(on(1.5, "kv4"), [on(1.5, "bf16")])
 
 
 def test_ablation_over_two_commits_says_so(make_run: Callable[..., RunRecord]) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("single", "tp2", "pp2", "tp2pp2")
 MEASURES = ("kv_tokens", "ttft_p50_ms", "output_tok_s")
+ELSEWHERE = "/////"  # times from another machine than those of the layout's first format
 GROUP_WIDTH = 0.84  # of the distance from one layout to the next
 
 
@@ -27,6 +28,12 @@ def at_most(frame: "pd.DataFrame", column: str) -> "tuple[pd.DataFrame, str]":
     return rows.drop_duplicates(["dist", "quant"]), "KV tokens"
 
 
+def first_floor(rows: "pd.DataFrame", layout: str) -> float:
+    """What the machine of a layout's first format, by the order of their colours, measured of itself."""
+    floors = rows[rows["dist"] == layout].set_index("quant")["tpot_floor_ms"]
+    return float(next(floors[name] for name in COLOURS if name in floors.index))
+
+
 def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
     """One measure: groups are layouts, bars formats in the order of their colours."""
     from matplotlib.ticker import EngFormatter
@@ -36,9 +43,12 @@ def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
     layouts = [name for name in LAYOUTS if name in set(frame["dist"])]
     width = GROUP_WIDTH / len(names)
     for i, name in enumerate(names):
-        values = rows[rows["quant"] == name].set_index("dist")[column].reindex(layouts)
+        of_format = rows[rows["quant"] == name].set_index("dist").reindex(layouts)
         at = [group + (i - (len(names) - 1) / 2) * width for group in range(len(layouts))]
-        ax.bar(at, values, width=width, color=colour(name), label=name)
+        bars = ax.bar(at, of_format[column], width=width, color=colour(name), label=name)
+        for bar, layout, floor in zip(bars, layouts, of_format["tpot_floor_ms"], strict=True):
+            if column != "kv_tokens" and floor == floor and floor != first_floor(rows, layout):  # NaN: no job, no floor
+                bar.set(hatch=ELSEWHERE, edgecolor="white")
     ax.set_xticks(range(len(layouts)), layouts)
     ax.grid(visible=False, axis="x")
     ax.set_ylabel(label)

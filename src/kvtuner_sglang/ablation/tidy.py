@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token", "prompt_tokens",
-           "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit", "run")
+           "concurrency", "ttft_p50_ms", "output_tok_s", "tpot_floor_ms", "load_average", "commit", "run")
 CELL = ["machine", "model", "dist", "quant", "prompt_tokens", "concurrency"]
 
 
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """A row a prompt length (alone, cold cache) and a row a concurrency.
 
-    kv_bytes_per_token: as allocated, over all ranks.  load_average: of the minute before the run, other work included.
+    kv_bytes_per_token: as allocated, over all ranks.  tpot_floor_ms: RunRecord.floor_ms, one for each machine and
+    layout.  load_average: of the minute before the run, other work included.
     """
     if record.kv is None:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")
@@ -28,8 +29,8 @@ def rows_of(record: RunRecord) -> list[dict[str, Any]]:
         "dist": record.config["dist"]["name"], "quant": record.config["quant"]["name"], "kv_tokens": record.kv.tokens,
         "effective_bits": record.kv.effective_bits,
         "kv_bytes_per_token": sum(rank.bytes_per_token_allocated for rank in record.kv.ranks),
-        "load_average": load[0] if load else None, "commit": (record.environment.git_sha or "unknown")[:12],
-        "run": record.name,
+        "tpot_floor_ms": record.floor_ms, "load_average": load[0] if load else None,
+        "commit": (record.environment.git_sha or "unknown")[:12], "run": record.name,
     }
     ttft = [{**shared, "prompt_tokens": n, "concurrency": 1,
              "ttft_p50_ms": record.metric("ttft_ms", prompt_tokens=n).p50}

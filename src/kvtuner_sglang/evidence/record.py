@@ -6,6 +6,7 @@ record is the truth; report.md, W&B, figures and tables are drawn from it.
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -170,8 +171,10 @@ class Environment(Explained):
 
     @property
     def hardware(self) -> str:
-        """What computed, without the host's name."""
-        return ", ".join(self.gpus) if self.gpus else f"{self.cpu}, {self.cpu_cores} cores"
+        """What computed, without the host's name: "4 x NVIDIA H100 80GB HBM3"."""
+        if not self.gpus:
+            return f"{self.cpu}, {self.cpu_cores} cores"
+        return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in Counter(self.gpus).items())
 
     @property
     def auto_device(self) -> str:
@@ -252,6 +255,15 @@ class RunRecord(Explained):
         if self.reason is None:
             raise ValueError(f"a run with status {self.status} needs a reason")
         return self
+
+    @property
+    def floor_ms(self) -> float | None:
+        """The least decode step of its model and layout by what its machine measured of itself; None if it did not.
+
+        A machine is measured once, so runs of one model and layout that differ in it ran on two machines of a kind.
+        """
+        floor = self.metrics.get("tpot_floor_ms")
+        return floor.mean if floor else None
 
     def metric(self, name: str, **at: float | str) -> Metric:
         """The metric `name` at, say, prompt_tokens=1000; raises KeyError if the run did not measure it."""

@@ -15,6 +15,8 @@ from kvtuner_sglang.paper.published_folders import PUBLISHED
 CLAIMS_FILE = Path("paper") / "claims.yaml"  # under the project's root
 TierName = Literal["laptop", "gpu", "sweep"]
 Selection = dict[str, str | int | float]
+FLOOR = "tpot_floor_ms"  # of tables that have it: equal for rows of one layout from one machine (RunRecord.floor_ms)
+TIMED = ("_ms", "_s")    # how columns end whose values depend on the machine, not on the format alone
 
 
 class Strict(BaseModel):
@@ -59,14 +61,18 @@ class Number(Strict):
         return self.csv or self.record or ""
 
     def read(self, root: Path) -> float:
-        """The number as it is published; raises UserError if it is not there, or there twice."""
+        """The number as it is published; raises UserError if it is not there, there twice, or of two machines."""
         path = root / PUBLISHED / self.file
         if self.record:
             return _at(path, self.path)
         value = _cell(path, self.where, self.column or "")
         if self.over is None:
             return value
-        return value / _cell(path, {**self.where, **self.over.where}, self.over.column)
+        other = {**self.where, **self.over.where}
+        if self.over.column.endswith(TIMED) and _machines_differ(_row(path, self.where), _row(path, other)):
+            raise UserError(f"{path}: by their {FLOOR} the rows with {self.where} and {other} were measured on two "
+                            "machines of a kind, so a ratio of their times says nothing: repeat both on one.")
+        return value / _cell(path, other, self.over.column)
 
     def sources(self, root: Path) -> set[str]:
         """The published runs, or recipe files, that the rows were made from, as <folder>/<name>."""
@@ -190,6 +196,11 @@ def _row(path: Path, where: Selection) -> dict[str, str]:
     if len(rows) != 1:
         raise UserError(f"{path} has {len(rows)} rows with {where}: a number is read from exactly one.")
     return rows[0]
+
+
+def _machines_differ(one: dict[str, str], other: dict[str, str]) -> bool:
+    """By the floors of two rows of one layout; of two layouts they tell nothing."""
+    return one.get("dist") == other.get("dist") and one.get(FLOOR) != other.get(FLOOR)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

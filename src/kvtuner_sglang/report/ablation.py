@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,26 @@ from kvtuner_sglang.evidence.sweep import markdown_table
 from kvtuner_sglang.report.language import Text
 
 SEED_ABLATION = ("bf16", "kv8", "kv4", "kv2")
+ELSEWHERE = "\N{DAGGER}"
 NOT_COMPARED = ("quant", "plan", "force", "runs_dir", "tracking", "report")
 
 
 def siblings(record: RunRecord, runs_dir: Path) -> list[RunRecord]:
-    """Records in runs_dir that differ from `record` in quant alone and ran on its machine, this one excepted.
+    """Those of the records in runs_dir; a file that is no record of this schema is left out."""
+    records = []
+    for path in sorted(runs_dir.glob(f"*/{RECORD_FILE}")):
+        with suppress(UserError):  # of another version or task: nothing to compare
+            records.append(load_record(path.parent))
+    return siblings_among(record, records)
 
-    Of several with the same quant name the last one to end; a file that is no record of this schema is left out.
+
+def siblings_among(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Those that differ from `record` in quant alone and ran on a machine of its name and kind, this one excepted.
+
+    Of several with the same quant name the last one to end.
     """
     found: dict[str, RunRecord] = {}
-    for path in sorted(runs_dir.glob(f"*/{RECORD_FILE}")):
-        try:
-            other = load_record(path.parent)
-        except UserError:
-            continue  # of another version or task: nothing to compare
+    for other in records:
         name = quant_name(other)
         if other.name == record.name or name == quant_name(record) or not _comparable(record, other):
             continue
@@ -54,8 +61,14 @@ def ablation_section(record: RunRecord, others: Sequence[RunRecord], text: Text)
               text["capacity"].format(dtype=dtype), text["effective_bits"], text["ttft_at"].format(n=length),
               text["rate_at"].format(n=level), text["commit"])
     rows = [_row(name, runs.get(name), record, length, level, text) for name in names]
-    return [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows),
+    apart = [text["elsewhere"].format(mark=ELSEWHERE)] if any(_elsewhere(run, record) for run in runs.values()) else []
+    return [f"## {text['ablation']}", text["ablation_method"], markdown_table(header, rows), *apart,
             *mixed_commits(list(runs.values()), text)]
+
+
+def _elsewhere(run: RunRecord, this: RunRecord) -> str:
+    """The mark of times from another machine of the kind, by what each machine measured of itself."""
+    return ELSEWHERE if run.kv is not None and run.floor_ms != this.floor_ms else ""
 
 
 def mixed_commits(runs: Sequence[RunRecord], text: Text) -> list[str]:
@@ -79,9 +92,10 @@ def _row(name: str, run: RunRecord | None, this: RunRecord, length: int, level: 
     if run.kv is None:
         return (label, _flags(run), ended(run, text), "", "", "", "", "", commit(run, text))
     ratio = f"{run.kv.capacity_ratio:.2f}" if run.kv.capacity_ratio else ""
+    mark = _elsewhere(run, this)
     return (label, _flags(run), text.status(run.status), str(run.kv.tokens), ratio, f"{run.kv.effective_bits:.2f}",
-            f"{run.metric('ttft_ms', prompt_tokens=length).p50:.1f}",
-            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}", commit(run, text))
+            f"{run.metric('ttft_ms', prompt_tokens=length).p50:.1f}{mark}",
+            f"{run.metric('output_tokens_per_s', concurrency=level).mean:.1f}{mark}", commit(run, text))
 
 
 def commit(run: RunRecord, text: Text) -> str:
@@ -95,8 +109,9 @@ def _flags(run: RunRecord) -> str:
     if not run.commands:
         return ""
     argv = run.commands[0].argv
-    kept = [" ".join(pair) for pair in _pairs(argv) if pair[0].startswith(("--enable-kvtuner", "--kvtuner-"))
-            and not pair[0].startswith("--kvtuner-heartbeat")]
+    flags = ("--enable-kvtuner", "--kvtuner-", "--kv-cache-dtype")
+    kept = [" ".join(pair) for pair in _pairs(argv)
+            if pair[0].startswith(flags) and not pair[0].startswith("--kvtuner-heartbeat")]
     return f"`{' '.join(kept)}`" if kept else ""
 
 

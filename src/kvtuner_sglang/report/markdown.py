@@ -29,16 +29,15 @@ def write_report(run_dir: Path, first: Sequence[str] = (), language: str | None 
     first: a task's own sections, shown before the results.  language: another one than the run was asked for.
     """
     record = load_record(run_dir)
-    if language:
-        record = record.model_copy(update={"config": record.config | {"report": {"language": language}}})
     path = run_dir / REPORT_FILE
-    write_atomically(path, render(record, siblings(record, run_dir.parent), first))
+    write_atomically(path, render(record, siblings(record, run_dir.parent), first, language))
     return path
 
 
-def render(record: RunRecord, others: Sequence[RunRecord] = (), first: Sequence[str] = ()) -> str:
+def render(record: RunRecord, others: Sequence[RunRecord] = (), first: Sequence[str] = (),
+           language: str | None = None) -> str:
     """The whole report as Markdown; a run that is not ok gets its reason and no figure."""
-    text = TEXTS[record.config["report"]["language"]]
+    text = TEXTS[language or record.config["report"]["language"]]
     parts = [f"# {text['title'].format(date=record.started[:10])}", *_configuration(record, text), *first]
     if record.kv is None:
         parts += [
@@ -91,7 +90,7 @@ def _model(record: RunRecord, text: Text) -> str:
 
 def _machine(environment: Environment, text: Text) -> str:
     if environment.gpus:
-        return text["machine_gpu"].format(host=environment.host, gpus=", ".join(environment.gpus))
+        return text["machine_gpu"].format(host=environment.host, gpus=environment.hardware)
     return text["machine_cpu"].format(host=environment.host, cpu=environment.cpu, cores=environment.cpu_cores)
 
 
