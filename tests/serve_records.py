@@ -6,7 +6,7 @@ from typing import Any
 
 from kvtuner_sglang import command_line
 from kvtuner_sglang.evidence.assemble import Figures, assemble
-from kvtuner_sglang.evidence.record import Environment, KVRecord, Metric, RankRecord, write_record
+from kvtuner_sglang.evidence.record import Environment, KVRecord, Metric, NodeCommandRecord, RankRecord, write_record
 from kvtuner_sglang.evidence.samples import SampleLog
 from kvtuner_sglang.serving.client import Sample
 
@@ -40,6 +40,8 @@ def write_run(runs_dir: Path, overrides: Sequence[str], metrics: Mapping[str, Me
     """The folder of such a run, of two ranks; changed: fields of its environment."""
     config = command_line.load([*overrides, f"runs_dir={runs_dir}"], CONF)
     config.run_dir.mkdir(parents=True)
+    commands = [NodeCommandRecord(node_rank=node, host="127.0.0.1", http_port=30000 + node, argv=("sglang",),
+                                  environment={}) for node in range(config.dist.nnodes)]
     with SampleLog(config.run_dir) as log:
         log.append(Sample("r", "ttft", 1, 1, 0.0, 0.0))
     kv = KVRecord(format="f", enabled=True, plan_hash="0", page_size=64, tokens=900, effective_bits=4.25,
@@ -49,5 +51,5 @@ def write_run(runs_dir: Path, overrides: Sequence[str], metrics: Mapping[str, Me
     write_record(config.run_dir, assemble(
         config, overrides=overrides, started="2026-01-02T03:04:05+00:00", status=status,
         reason=None if status == "ok" else "rank 1 died", environment=environment(**changed),
-        samples=log.summary(), group=None, figures=figures if status == "ok" else None))
+        samples=log.summary(), group=None, commands=commands, figures=figures if status == "ok" else None))
     return config.run_dir

@@ -29,8 +29,8 @@ def test_a_row_a_test_and_no_host_name(run_dir: Callable[..., Path], tmp_path: P
     with (folder / "test_cpu_2_cores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["machine", "model", "dist", "quant", "kv_tokens", "effective_bits", "kv_bytes_per_token",
-                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "load_average", "commit",
-                             "run"]
+                             "prompt_tokens", "concurrency", "ttft_p50_ms", "output_tok_s", "tpot_floor_ms",
+                             "load_average", "commit", "run"]
     assert len(rows) == 2 * 4
     kv4 = {(row["prompt_tokens"], row["concurrency"]): row for row in rows if row["quant"] == "kv4"}
     ttft, throughput = kv4["100", "1"], kv4["32", "2"]
@@ -60,6 +60,28 @@ def test_another_machine_has_a_table_of_its_own(run_dir: Callable[..., Path], tm
     known = {"gpus": ("Test GPU",), "unknown": dict.fromkeys(NO_GPU[1:], "none")}
     publish([run_dir("quant=kv4"), run_dir("quant=kv4", "workload.ttft.repeats=9", **known)], folder)
     assert {path.name for path in folder.glob("*.csv")} == {"test_cpu_2_cores.csv", "test_gpu.csv"}
+
+
+def test_four_gpus_are_one_machine(run_dir: Callable[..., Path], tmp_path: Path) -> None:
+    known = {"gpus": ("Test GPU",) * 4, "unknown": dict.fromkeys(NO_GPU[1:], "none")}
+    publish([run_dir("quant=kv4", **known)], tmp_path / "ablation")
+    rows = list(csv.DictReader((tmp_path / "ablation" / "4_x_test_gpu.csv").read_text().splitlines()))
+    assert {row["machine"] for row in rows} == {"4 x Test GPU"}
+
+
+def test_the_seeds_cell_is_reported_again_in_both_languages(run_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder, load = tmp_path / "ablation", ("latency_ms", "requests_per_s", "tpot_ms")
+    whole = METRICS | {f"{name}/concurrency={n}": metric(3.0 * n, "ms") for name in load for n in (1, 2)}
+    seed, *others = (write_run(tmp_path / "runs", ["exp=ablation", *words], whole) for words in (
+        ["quant=kv4", "dist=tp2pp2"], ["quant=bf16", "dist=tp2pp2"], ["quant=kv4"]))
+    publish([seed, *others], folder)
+    assert {path.parent.name for path in folder.glob("*/report.*.md")} == {seed.name}
+    english, chinese = ((folder / seed.name / f"report.{language}.md").read_text() for language in ("en", "zh"))
+    assert tables(folder)[f"{seed.name}/report.en.md"] == english
+    assert english.startswith("# KVTuner-SGLang distributed test report")
+    assert chinese.startswith("# KVTuner-SGLang 分布式测试报告")
+    assert "| kv4 (this run) |" in english
+    assert "| bf16           |" in english
 
 
 @pytest.mark.parametrize(("overrides", "changed", "part"), [

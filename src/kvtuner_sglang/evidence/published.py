@@ -73,9 +73,10 @@ def publish_runs(run_dirs: Sequence[Path], folder: Path, task: str,
         if not (run_dir / file).is_file():
             raise UserError(f"{run_dir} has no {file}: repeat the run with force=true.")
     kept = [record for record in published_runs(folder, task) if record.name not in found]
-    texts = tables_of(sorted([*kept, *found.values()], key=lambda record: record.name))
+    tables_of(sorted([*kept, *found.values()], key=lambda record: record.name))  # raises before anything is written
     for run_dir in run_dirs:
         copy_run(run_dir, folder / run_dir.name, files)
+    texts = tables_of(published_runs(folder, task))  # as they are published: without paths of this machine
     for name, text in texts.items():
         (folder / name).write_text(text)
     return [*(folder / name for name in texts), write_sums(folder)]

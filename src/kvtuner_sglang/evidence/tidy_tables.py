@@ -36,11 +36,12 @@ class MachineTables:
 
         A run replaces the published one of the same name; the tables are made anew from all runs in the folder.
         """
-        return publish_runs(run_dirs, folder, self.task, self._tables)
+        return publish_runs(run_dirs, folder, self.task, self.of_records)
 
     def tables(self, folder: Path) -> dict[str, str]:
         """{file name: text} of what the records of a published folder give."""
-        return self._tables(published_runs(folder, self.task))
+        return self.of_records(published_runs(folder, self.task))
 
-    def _tables(self, records: Sequence[RunRecord]) -> dict[str, str]:
+    def of_records(self, records: Sequence[RunRecord]) -> dict[str, str]:
+        """{file name: text} of what these records give."""
         return {f"{slug(str(name))}.csv": to_csv(rows) for name, rows in self.table_of(records).groupby(self.machine)}
