@@ -10,10 +10,13 @@ import pytest
 
 from kvtuner_sglang.ablation.publish import publish, tables
 from kvtuner_sglang.errors import UserError
-from kvtuner_sglang.evidence.published import publish_main
+from kvtuner_sglang.evidence.environment import PROJECT_ROOT
+from kvtuner_sglang.evidence.published import publish_main, write_sums
+from kvtuner_sglang.paper.check import folder_problems
 from serve_records import NO_GPU, metric, write_run
 
-METRICS = ({f"ttft_ms/prompt_tokens={n}": metric(10.0 * n, "ms") for n in (10, 100)}
+METRICS = ({"tpot_floor_ms": metric(1.25, "ms")}
+           | {f"ttft_ms/prompt_tokens={n}": metric(10.0 * n, "ms") for n in (10, 100)}
            | {f"output_tokens_per_s/concurrency={n}": metric(5.0 * n, "tok/s") for n in (1, 2)})
 
 
@@ -38,6 +41,7 @@ def test_a_row_a_test_and_no_host_name(run_dir: Callable[..., Path], tmp_path: P
     assert (throughput["ttft_p50_ms"], throughput["output_tok_s"]) == ("", "10")
     assert (ttft["kv_tokens"], ttft["kv_bytes_per_token"], ttft["effective_bits"]) == ("900", "201", "4.25")
     assert (ttft["dist"], ttft["commit"], ttft["load_average"]) == ("pp2", "a" * 12, "3.5")
+    assert {row["tpot_floor_ms"] for row in rows} == {"1.25"}
     assert {row["load_average"] for row in rows if row["quant"] == "bf16"} == {""}
     assert "secret-host" not in (folder / "test_cpu_2_cores.csv").read_text()
 
@@ -74,6 +78,8 @@ def test_the_seeds_cell_is_reported_again_in_both_languages(run_dir: Callable[..
     whole = METRICS | {f"{name}/concurrency={n}": metric(3.0 * n, "ms") for name in load for n in (1, 2)}
     seed, *others = (write_run(tmp_path / "runs", ["exp=ablation", *words], whole) for words in (
         ["quant=kv4", "dist=tp2pp2"], ["quant=bf16", "dist=tp2pp2"], ["quant=kv4"]))
+    record = seed / "record.json"
+    record.write_text(record.read_text().replace('"sglang"', f'"{PROJECT_ROOT}/sglang"'))
     publish([seed, *others], folder)
     assert {path.parent.name for path in folder.glob("*/report.*.md")} == {seed.name}
     english, chinese = ((folder / seed.name / f"report.{language}.md").read_text() for language in ("en", "zh"))
@@ -82,6 +88,12 @@ def test_the_seeds_cell_is_reported_again_in_both_languages(run_dir: Callable[..
     assert chinese.startswith("# KVTuner-SGLang 分布式测试报告")
     assert "| kv4 (this run) |" in english
     assert "| bf16           |" in english
+    assert "./sglang" in english
+    assert str(PROJECT_ROOT) not in english
+    left = folder / others[0].name / "report.en.md"
+    left.write_text("of a run that is not the seed's")
+    write_sums(folder)
+    assert [sentence for sentence in folder_problems(folder) if str(left) in sentence]
 
 
 @pytest.mark.parametrize(("overrides", "changed", "part"), [

@@ -104,22 +104,36 @@ def test_a_run_that_did_not_end_well_fails(project):
     assert any("is invalid (cold_cache: a test)" in sentence for sentence in wrong(project))
 
 
-def test_a_ratio_of_times_from_two_machines_fails_and_of_memory_does_not(tmp_path):
+TWO_MACHINES = """model,dist,quant,kv_tokens,ttft_p50_ms,output_tok_s,tpot_floor_ms
+a,single,bf16,10,2,4,1.5
+a,single,kv4,30,3,5,1.6
+a,single,kv8,20,4,6,1.5
+a,single,kv2,20,4,6,
+a,tp2,kv4,60,5,7,0.8
+b,single,kv4,60,5,8,2.5
+"""
+
+
+@pytest.mark.parametrize(("column", "where", "over", "value"), [
+    ("kv_tokens", {"quant": "kv4"}, {"quant": "bf16"}, 3),
+    ("output_tok_s", {"quant": "kv8"}, {"quant": "bf16"}, 1.5),
+    ("output_tok_s", {"quant": "kv2"}, {"quant": "bf16"}, 1.5),  # where it is not known it tells nothing
+    ("output_tok_s", {"quant": "kv4", "dist": "tp2"}, {"dist": "single"}, 1.4),  # nor of two layouts
+    ("output_tok_s", {"quant": "kv4", "model": "b"}, {"model": "a"}, 1.6),  # nor of two models
+    ("output_tok_s", {"quant": "kv4"}, {"quant": "bf16"}, None),
+    ("ttft_p50_ms", {"quant": "kv4"}, {"quant": "bf16"}, None),
+])
+def test_a_ratio_of_times_from_two_machines_fails(tmp_path, column, where, over, value):
     table = tmp_path / "runs" / "published" / "x" / "m.csv"
     table.parent.mkdir(parents=True)
-    table.write_text("dist,quant,kv_tokens,output_tok_s,tpot_floor_ms\nsingle,bf16,10,4,1.5\nsingle,kv4,30,5,1.6\n"
-                     "single,kv8,20,6,1.5\ntp2,kv4,60,7,0.8\n")
-
-    def ratio(column, where, **over):
-        return Number(csv="x/m.csv", where=where, column=column, over={"where": over, "column": column},
-                      show=".2f").read(tmp_path)
-
-    kv4, four = {"dist": "single", "quant": "kv4"}, {"dist": "tp2", "quant": "kv4"}
-    assert ratio("kv_tokens", kv4, quant="bf16") == 3
-    assert ratio("output_tok_s", {"dist": "single", "quant": "kv8"}, quant="bf16") == 1.5
-    assert ratio("output_tok_s", four, dist="single") == 1.4  # of two layouts the floors tell nothing
-    with pytest.raises(UserError, match="measured on two machines of a kind"):
-        ratio("output_tok_s", kv4, quant="bf16")
+    table.write_text(TWO_MACHINES)
+    number = Number(csv="x/m.csv", where={"model": "a", "dist": "single"} | where, column=column,
+                    over={"where": over, "column": column}, show=".2f")
+    if value is not None:
+        assert number.read(tmp_path) == value
+        return
+    with pytest.raises(UserError, match="of two machines of a kind"):
+        number.read(tmp_path)
 
 
 def test_files_that_are_not_listed_or_gone_are_named(project):

@@ -116,6 +116,7 @@ def make_run() -> Callable[..., RunRecord]:
                 argv=("python", "-m", "sglang.launch_server", "--model-path", "/models/a b", "--node-rank", str(node),
                       *(("--enable-kvtuner-quant", "--kvtuner-nbits-key", str(config.quant.nbits_key))
                         if config.quant.enabled else ()),
+                      *(("--kv-cache-dtype", dtype) if (dtype := config.quant.kv_cache_dtype) != "auto" else ()),
                       "--kvtuner-heartbeat-dir", "hb"),
             )
             for node in range(config.dist.nnodes)

@@ -83,7 +83,7 @@ def test_memory_says_what_counts(report: str, record: RunRecord) -> None:
     assert "| 15-29" in text
     assert record.kv is not None
     assert f"holds {record.kv.tokens} tokens" in text
-    assert "would hold 11650 by formula: 7.11 times" in text
+    assert "would hold 11650 by formula, so this is 7.11 times" in text
     assert "16 bits an element" in text
     assert "the factor is 3.56" in text
 
@@ -171,13 +171,21 @@ def test_times_of_another_machine_are_marked_in_the_ablation(make_run: Callable[
         floor = Metric(unit="ms", n=1, **dict.fromkeys(("mean", "p50", "p90", "p99", "min", "max"), floor_ms))
         return run.model_copy(update={"metrics": run.metrics | {"tpot_floor_ms": floor}})
 
-    text = render(on(1.5, "kv4"), [on(1.5, "bf16"), on(1.6, "kv8")])
+    failed = make_run("quant=kv2", *TP2PP2[1:], status="failed")
+    text = render(on(1.5, "kv4"), [on(1.5, "bf16"), on(1.6, "kv8"), failed])
     table = {row[0]: row for row in rows(section(text, "## Ablation so far"))}
     assert {name: (row[6].endswith("†"), row[7].endswith("†"), "†" in row[3]) for name, row in table.items()
             if row[2] == "ok"} == {"bf16": (False, False, False), "kv8": (True, True, False),
                                    "kv4 (this run)": (False, False, False)}
     assert "† On another machine of the kind" in text
-    assert "another machine of the kind" not in render(on(1.5, "kv4"), [on(1.5, "bf16")])
+    unknown = make_run("quant=kv8", *TP2PP2[1:])
+    assert "another machine of the kind" not in render(on(1.5, "kv4"), [on(1.5, "bf16"), unknown, failed])
+
+
+def test_the_ablation_names_the_flag_of_sglangs_own_cache(make_run: Callable[..., RunRecord]) -> None:
+    text = render(make_run("quant=kv4", *TP2PP2[1:]), [make_run("quant=fp8", *TP2PP2[1:])])
+    table = {row[0]: row for row in rows(section(text, "## Ablation so far"))}
+    assert table["fp8"][1] == "`--kv-cache-dtype fp8_e4m3`"
 
 
 def test_ablation_over_two_commits_says_so(make_run: Callable[..., RunRecord]) -> None:

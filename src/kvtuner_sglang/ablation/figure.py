@@ -1,5 +1,6 @@
 """The ablation of one machine at a look, from its CSV alone: tokens held, first token, rate; a bar a format."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,11 @@ def at_most(frame: "pd.DataFrame", column: str) -> "tuple[pd.DataFrame, str]":
     return rows.drop_duplicates(["dist", "quant"]), "KV tokens"
 
 
+def measured_apart(floor: float, other: float) -> bool:
+    """RunRecord.measured_apart of two rows, in which NaN is a job that was not run or a floor that is not known."""
+    return not math.isnan(floor) and not math.isnan(other) and floor != other
+
+
 def first_floor(rows: "pd.DataFrame", layout: str) -> float:
     """What the machine of a layout's first format, by the order of their colours, measured of itself."""
     floors = rows[rows["dist"] == layout].set_index("quant")["tpot_floor_ms"]
@@ -47,7 +53,7 @@ def draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
         at = [group + (i - (len(names) - 1) / 2) * width for group in range(len(layouts))]
         bars = ax.bar(at, of_format[column], width=width, color=colour(name), label=name)
         for bar, layout, floor in zip(bars, layouts, of_format["tpot_floor_ms"], strict=True):
-            if column != "kv_tokens" and floor == floor and floor != first_floor(rows, layout):  # NaN: no job, no floor
+            if column != "kv_tokens" and measured_apart(floor, first_floor(rows, layout)):
                 bar.set(hatch=ELSEWHERE, edgecolor="white")
     ax.set_xticks(range(len(layouts)), layouts)
     ax.grid(visible=False, axis="x")
@@ -63,7 +69,9 @@ def served_figure(frame: "pd.DataFrame") -> "Figure":
     for ax, column in zip(axes[:, 0], MEASURES, strict=True):
         draw(ax, frame, column)
     legend_below(figure, axes, columns=8)
-    figure.suptitle(f"{frame['model'].iloc[0]} on {frame['machine'].iloc[0]}; {commits_of(frame)}")
+    hatched = any(bar.get_hatch() for ax in axes.flat for bar in ax.patches)
+    figure.suptitle(f"{frame['model'].iloc[0]} on {frame['machine'].iloc[0]}; {commits_of(frame)}"
+                    f"{'; hatched: another machine of the kind' if hatched else ''}")
     return figure
 
 

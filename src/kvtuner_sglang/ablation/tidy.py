@@ -18,8 +18,8 @@ CELL = ["machine", "model", "dist", "quant", "prompt_tokens", "concurrency"]
 def rows_of(record: RunRecord) -> list[dict[str, Any]]:
     """A row a prompt length (alone, cold cache) and a row a concurrency.
 
-    kv_bytes_per_token: as allocated, over all ranks.  tpot_floor_ms: RunRecord.floor_ms, one for each machine and
-    layout.  load_average: of the minute before the run, other work included.
+    kv_bytes_per_token: as allocated, over all ranks.  tpot_floor_ms: RunRecord.floor_ms, by which two machines of
+    a kind are told apart.  load_average: of the minute before the run, other work included.
     """
     if record.kv is None:
         raise UserError(f"{record.name} is {record.status} ({record.reason}), so it has no figures: leave it out.")

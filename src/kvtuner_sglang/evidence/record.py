@@ -258,12 +258,16 @@ class RunRecord(Explained):
 
     @property
     def floor_ms(self) -> float | None:
-        """The least decode step of its model and layout by what its machine measured of itself; None if it did not.
-
-        A machine is measured once, so runs of one model and layout that differ in it ran on two machines of a kind.
-        """
+        """The bound of validity on a decode step, by what its machine measured of itself; None if it is not known."""
         floor = self.metrics.get("tpot_floor_ms")
         return floor.mean if floor else None
+
+    def measured_apart(self, other: "RunRecord") -> bool:
+        """Whether a run of the same model and layout ran on another machine of the kind, so that times do not compare.
+
+        A machine measures itself before its first run and keeps that; one that lost it counts as another.
+        """
+        return None not in (self.floor_ms, other.floor_ms) and self.floor_ms != other.floor_ms
 
     def metric(self, name: str, **at: float | str) -> Metric:
         """The metric `name` at, say, prompt_tokens=1000; raises KeyError if the run did not measure it."""

@@ -33,7 +33,8 @@ def folder_problems(folder: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    for name in sorted(made.keys() | ({path.name for path in folder.glob("*.csv")} if kind.tables else set())):
+    there = {str(path.relative_to(folder)) for pattern in ("*.csv", "*/report.*.md") for path in folder.glob(pattern)}
+    for name in sorted(made.keys() | (there if kind.tables else set())):
         path = folder / name
         if name not in made or not path.exists() or path.read_text(encoding="utf-8") != made[name]:
             yield f"{path} is not the table that the records beside it give: publish it again."

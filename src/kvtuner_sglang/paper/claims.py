@@ -15,7 +15,8 @@ from kvtuner_sglang.paper.published_folders import PUBLISHED
 CLAIMS_FILE = Path("paper") / "claims.yaml"  # under the project's root
 TierName = Literal["laptop", "gpu", "sweep"]
 Selection = dict[str, str | int | float]
-FLOOR = "tpot_floor_ms"  # of tables that have it: equal for rows of one layout from one machine (RunRecord.floor_ms)
+FLOOR = "tpot_floor_ms"  # of tables that have it: tells two machines of a kind apart (RunRecord.measured_apart)
+SAME_FLOOR = ("model", "dist")  # what must be equal for floors to tell that
 TIMED = ("_ms", "_s")    # how columns end whose values depend on the machine, not on the format alone
 
 
@@ -70,8 +71,8 @@ class Number(Strict):
             return value
         other = {**self.where, **self.over.where}
         if self.over.column.endswith(TIMED) and _machines_differ(_row(path, self.where), _row(path, other)):
-            raise UserError(f"{path}: by their {FLOOR} the rows with {self.where} and {other} were measured on two "
-                            "machines of a kind, so a ratio of their times says nothing: repeat both on one.")
+            raise UserError(f"{path}: the rows with {self.where} and {other} differ in {FLOOR}, so they are of two "
+                            "machines of a kind and a ratio of their times says nothing: repeat both on one.")
         return value / _cell(path, other, self.over.column)
 
     def sources(self, root: Path) -> set[str]:
@@ -199,8 +200,9 @@ def _row(path: Path, where: Selection) -> dict[str, str]:
 
 
 def _machines_differ(one: dict[str, str], other: dict[str, str]) -> bool:
-    """By the floors of two rows of one layout; of two layouts they tell nothing."""
-    return one.get("dist") == other.get("dist") and one.get(FLOOR) != other.get(FLOOR)
+    """By the floors of two rows of one model and layout, where both are known."""
+    alike = all(one.get(name) == other.get(name) for name in SAME_FLOOR)
+    return alike and bool(one.get(FLOOR) and other.get(FLOOR)) and one[FLOOR] != other[FLOOR]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

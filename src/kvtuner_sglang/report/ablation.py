@@ -67,8 +67,8 @@ def ablation_section(record: RunRecord, others: Sequence[RunRecord], text: Text)
 
 
 def _elsewhere(run: RunRecord, this: RunRecord) -> str:
-    """The mark of times from another machine of the kind, by what each machine measured of itself."""
-    return ELSEWHERE if run.kv is not None and run.floor_ms != this.floor_ms else ""
+    """The mark of times from another machine of the kind."""
+    return ELSEWHERE if run.measured_apart(this) else ""
 
 
 def mixed_commits(runs: Sequence[RunRecord], text: Text) -> list[str]:

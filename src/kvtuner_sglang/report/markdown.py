@@ -123,7 +123,8 @@ def _one_host(kv: KVRecord, commands: Sequence[NodeCommandRecord], text: Text) -
     sentence = text["one_host"].format(nodes=len(commands), host=next(iter(hosts)))
     if not all(_is_loopback(c.host) for c in commands):
         return sentence
-    return text["sentence_gap"].join((sentence, text["loopback"]))
+    spoke = text["loopback_gpu"] if kv.ranks[0].device == "cuda" else text["loopback"]
+    return text["sentence_gap"].join((sentence, spoke))
 
 
 def _is_loopback(host: str) -> bool:

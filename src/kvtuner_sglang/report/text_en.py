@@ -33,6 +33,8 @@ TEXT: dict[str, str] = {
     "one_host": "All {nodes} nodes ran on one host ({host}), as separate process groups: the distribution is real, the "
                 "network between the nodes is not, so these figures say nothing about a network.",
     "loopback": "The nodes spoke over the loopback interface.",
+    "loopback_gpu": "The nodes found each other over the loopback interface; which way NCCL took between the GPUs of "
+                    "the host is not recorded.",
     "results": "Test results",
     "failed": "Result: {status}",
     "failed_why": "This run is **{status}** and publishes no figures. Reason: {reason}",
@@ -123,7 +125,7 @@ TEXT: dict[str, str] = {
     "memory_analysis_free": "The pool holds {tokens} tokens at {bits:.2f} effective bits (scales and zeros counted).",
     "least_room": "Ranks differ in bytes a token: rank {rank} (layers {first}-{last}, {bytes:.1f} bytes) has room for "
                   "{least}, the fewest, which all offer; another would have room for {most}.",
-    "memory_ratio": "Full precision ({dtype}) would hold {full} by formula: {ratio:.2f} times as many.",
+    "memory_ratio": "Full precision ({dtype}) would hold {full} by formula, so this is {ratio:.2f} times as many.",
     "memory_ratio_16": "Against 16 bits an element, the usual precision on a GPU, the factor is {ratio:.2f}.",
     "architecture": "Distributed architecture",
     "cluster": "Distributed SGLang cluster",
@@ -135,8 +137,8 @@ TEXT: dict[str, str] = {
     "command_of": "Node {rank} ({role})",
     "ablation": "Ablation so far",
     "ablation_method": "Runs beside this one that differ from it in quantization alone, on the same kind of machine.",
-    "elsewhere": "{mark} On another machine of the kind, by what each measured of itself before its first run: its "
-                 "memory compares, its times do not.",
+    "elsewhere": "{mark} On another machine of the kind (or after this one was measured anew): its memory compares, "
+                 "its times do not.",
     "this_run": "{quant} (this run)",
     "parameters": "Parameters",
     "capacity": "Capacity vs {dtype}",

@@ -33,6 +33,7 @@ TEXT: dict[str, str] = {
     "one_host": "全部 {nodes} 个节点以独立进程组的形式运行在同一台主机（{host}）上：分布式是真实的，"
                 "节点之间的网络不是，因此这些数据不能说明网络的性能。",
     "loopback": "节点之间通过本机回环接口通信。",
+    "loopback_gpu": "节点之间通过本机回环接口建立连接；NCCL 在本机 GPU 之间选用的通路没有记录。",
     "results": "测试结果",
     "failed": "结果：{status}",
     "failed_why": "本次运行**{status}**，不发布任何数据。原因：{reason}",
@@ -131,8 +132,8 @@ TEXT: dict[str, str] = {
     "commands": "关键配置",
     "command_of": "节点 {rank}（{role}）",
     "ablation": "目前的消融实验",
-    "ablation_method": "与本次运行并列、只有量化方式不同、且在同一种机器上的运行。",
-    "elsewhere": "{mark} 按每台机器首次运行前对自身的测量，该运行在同种的另一台机器上：显存可以比较，时间不能比较。",
+    "ablation_method": "与本次运行在同一文件夹中、只有量化方式不同、且在同型号机器上的运行。",
+    "elsewhere": "{mark} 在同型号的另一台机器上（或在本机重新测量之后）：KV 容量可以比较，时间不能比较。",
     "this_run": "{quant}（本次运行）",
     "parameters": "参数",
     "capacity": "相对 {dtype} 的容量",
