@@ -79,7 +79,7 @@ def test_the_seeds_cell_is_reported_again_in_both_languages(run_dir: Callable[..
     seed, *others = (write_run(tmp_path / "runs", ["exp=ablation", *words], whole) for words in (
         ["quant=kv4", "dist=tp2pp2"], ["quant=bf16", "dist=tp2pp2"], ["quant=kv4"]))
     record = seed / "record.json"
-    record.write_text(record.read_text().replace('"sglang"', f'"{PROJECT_ROOT}/sglang"'))
+    record.write_text(record.read_text().replace('"sglang"', f'"{PROJECT_ROOT}/sglang", "--model-path", "~/a b"'))
     publish([seed, *others], folder)
     assert {path.parent.name for path in folder.glob("*/report.*.md")} == {seed.name}
     english, chinese = ((folder / seed.name / f"report.{language}.md").read_text() for language in ("en", "zh"))
@@ -88,7 +88,7 @@ def test_the_seeds_cell_is_reported_again_in_both_languages(run_dir: Callable[..
     assert chinese.startswith("# KVTuner-SGLang 分布式测试报告")
     assert "| kv4 (this run) |" in english
     assert "| bf16           |" in english
-    assert "./sglang" in english
+    assert "\n./sglang \\\n  --model-path ~/'a b'\n" in english  # as a shell takes it
     assert str(PROJECT_ROOT) not in english
     left = folder / others[0].name / "report.en.md"
     left.write_text("of a run that is not the seed's")

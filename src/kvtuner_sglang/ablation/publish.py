@@ -1,6 +1,11 @@
 """Finished runs of an ablation -> a published folder: records and samples, a table a machine, the seed's report again.
 
     python -m kvtuner_sglang.ablation.publish RUN_DIR... runs/published/ablation
+
+RUN_DIR: folders under runs/ of finished jobs that differ in model, format and topology alone.  The last word is the
+folder that is written to: what it holds stays, a run of the same name is replaced.  It gets record.json and
+requests.jsonl of every run, <machine>.csv, SHA256SUMS and, beside each run of kv4 on tp2pp2, report.en.md and
+report.zh.md.
 """
 
 import sys

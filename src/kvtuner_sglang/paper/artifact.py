@@ -57,7 +57,7 @@ def _what_it_takes(command: str, root: Path) -> str:
     published = f"{count} jobs" if count > 1 else "1 job"
     if len(made) != count:
         published += f", {len(made)} of them published"
-    return f"{where}{published}, {took:.0f} minutes"
+    return f"{where}{published}, {took:.0f} min"
 
 
 def _claim(claim: Claim, tier: Tier, root: Path) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _claim(claim: Claim, tier: Tier, root: Path) -> Iterator[str]:
             for name, number in claim.numbers.items()]
     yield markdown_table(("number", "published", "band", "read from"), rows)
     where = " and ".join(sorted({hardware(source, root) for source in sources}))
-    yield (f"{where}; {'time not recorded' if took is None else f'{took:.0f} minutes'}; tier: {tier.title}. "
+    yield (f"{where}; {'time not recorded' if took is None else f'{took:.0f} min'}; tier: {tier.title}. "
            f"Rests on {', '.join(f'`{source}`' for source in sources)}.")
     yield "```\n" + "\n".join(claim.commands) + "\n```"
 

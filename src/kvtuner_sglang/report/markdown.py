@@ -154,13 +154,18 @@ def shell_command(command: NodeCommandRecord) -> str:
     """The node's command line as a shell takes it, one flag with its value a line."""
     lines = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
     start = next((i for i, word in enumerate(command.argv) if word.startswith("--")), len(command.argv))
-    lines.append(shlex.join(command.argv[:start]))
+    lines.append(" ".join(map(_quoted, command.argv[:start])))
     for word in command.argv[start:]:
         if word.startswith("--"):
-            lines.append(f"  {shlex.quote(word)}")
+            lines.append(f"  {_quoted(word)}")
         else:
-            lines[-1] += f" {shlex.quote(word)}"
+            lines[-1] += f" {_quoted(word)}"
     return " \\\n".join(lines)
+
+
+def _quoted(word: str) -> str:
+    """As a shell takes it; a published record's ~ is left for the shell to find the home folder."""
+    return f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word)
 
 
 def _validity(record: RunRecord, kv: KVRecord, text: Text) -> list[str]:
