@@ -10,45 +10,28 @@ report.zh.md.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from kvtuner_sglang.ablation.tidy import table_of
-from kvtuner_sglang.evidence.published import publish_main, publish_runs, published_runs
+from kvtuner_sglang.evidence.published import publish_main
 from kvtuner_sglang.evidence.record import RunRecord
 from kvtuner_sglang.evidence.tidy_tables import MachineTables
 from kvtuner_sglang.report.ablation import siblings_among
 from kvtuner_sglang.report.language import TEXTS
 from kvtuner_sglang.report.markdown import render
 
-TASK = "serve"
 SEED_CELL = {"dist": "tp2pp2", "quant": "kv4"}  # what the seed report is about
-CSVS = MachineTables(TASK, table_of)
 
 
-def publish(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy and tabulate; returns what was written. Raises UserError, before it writes, if a run cannot be.
-
-    A run replaces the published one of the same name; tables and reports are made anew from all runs in the folder.
-    """
-    return publish_runs(run_dirs, folder, TASK, _tables)
-
-
-def tables(folder: Path) -> dict[str, str]:
-    """{file name: text} of what the records of a published folder give."""
-    return _tables(published_runs(folder, TASK))
-
-
-def _tables(records: Sequence[RunRecord]) -> dict[str, str]:
-    return CSVS.of_records(records) | _reports(records)
-
-
-def _reports(records: Sequence[RunRecord]) -> dict[str, str]:
+def reports(records: Sequence[RunRecord]) -> dict[str, str]:
     """The report, in every language, of each run of the seed's cell, its ablation table from the runs beside it."""
     seeds = [record for record in records
              if all(record.config[part]["name"] == name for part, name in SEED_CELL.items())]
     return {f"{record.name}/report.{language}.md": render(record, siblings_among(record, records), language=language)
             for record in seeds for language in TEXTS}
 
+
+TABLES = MachineTables("serve", table_of, also=reports)
+publish, tables = TABLES.publish, TABLES.tables
 
 if __name__ == "__main__":
     publish_main(__doc__, sys.argv[1:], publish)
