@@ -93,16 +93,18 @@ class PrefixCase:
                                 tiles, self.sm_scale, out, tuning)
 
 
-def attend(case: PrefixCase, dtype: torch.dtype, order: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+def attend(case: PrefixCase, dtype: torch.dtype, order: torch.Tensor | slice = slice(None),
+           unpacked: torch.dtype | None = None) -> torch.Tensor:
     """What the visibility rule says, in plain PyTorch in `dtype`; softmax in float32, or float64 -> like q.
 
     order: of the channels (head_dim) that scores are summed over; another one gives another sample of the rounding.
+    unpacked: what stored keys and values are rounded to before that; None: to dtype.
     """
     out = torch.empty(case.q.shape, dtype=dtype, device=case.q.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     step = case.page or BLOCK
     for b, (start, end) in enumerate(zip(case.starts, case.ends, strict=True)):
-        stored = [x.to(dtype) for x in case.stored(b)]
+        stored = [x.to(unpacked or dtype).to(dtype) for x in case.stored(b)]
         own = [x.to(dtype) for x in case.own(b)] if case.page else None
         for first in range(start // step * step, end, step):
             low, high = max(first, start), min(first + step, end)

@@ -53,12 +53,25 @@ def check_unpacked(case):
 
 
 def check(case, tuning):
-    """In fp32 the error of scores depends on the order of a sum, with few queries on luck: take the worst of four."""
+    """With few queries errors depend on luck, which may cancel them in plain PyTorch alone.
+
+    So take the worst of four orders of the sum that fp32 scores depend on, and what rounding unpacked keys and values
+    to the kernel's dtype costs even where all that follows is exact.
+    """
     truth, dtype = attend(case, torch.float64), case.q.dtype
     orders = [slice(None)] + [torch.randperm(case.q.shape[2], generator=torch.Generator().manual_seed(i))
                               for i in range(3 if dtype == torch.float32 else 0)]
     plain = max(relative_error(attend(case, dtype, order), truth) for order in orders)
-    assert relative_error(case.run(tuning), truth) <= 2 * plain
+    rounding = relative_error(attend(case, torch.float64, unpacked=dtype), truth)
+    assert relative_error(case.run(tuning), truth) <= 2 * max(plain, rounding)
+
+
+@pytest.mark.parametrize("seed", [1, 23, 24])  # errors of plain PyTorch cancel: the kernel's are 2 to 4 times as large
+def test_one_query_over_large_keys_errs_as_its_rounded_keys_do(device, seed):
+    case = random_prefix_case([(64, 65)], q_heads=8, kv_heads=2, head_dim=64, page=1,
+                              formats=(TensorFormat(4, 32, symmetric=True), TensorFormat(8)), key_spread=30.0,
+                              value_spread=300.0, seed=seed, device=device)
+    check(case, prefix_tuning(4, None, torch.bfloat16))
 
 
 @settings(max_examples=15, deadline=None)
